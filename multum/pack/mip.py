@@ -1,0 +1,302 @@
+"""The ``.mip`` container: one file that holds JSON and arrays.
+
+    magic [8], major [1], minor [1]
+    streams, one after the other: each holds one array, or many small ones of one dtype coded as one sequence
+    padding (only where the arrays are so redundant that the file would look like a decompression bomb)
+    header: JSON, a zstandard frame
+    footer: length of the packed header [4], of the plain header [4], CRC-32 of all bytes but the streams and padding [4]
+
+The header is last so that writing needs neither a second pass nor a second file. It holds the caller's ``meta`` and, for each
+stream, its length, checksum, dtype and the names and shapes in it. Offsets are sums of lengths: parts cannot overlap or leave gaps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import struct
+import tempfile
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from multum.errors import FileError
+from multum.pack import coder
+
+MAGIC, MAJOR, MINOR = b"\x89MIP\r\n\x1a\n", 1, 0
+_HEAD, _FOOT = struct.Struct("<8sBB"), struct.Struct("<III")
+_NAME = re.compile(r"[^\x00-\x1f\x7f\\]{1,512}")
+_HEADER_LIMIT = 1 << 28  # bytes of the plain header
+_SMALL = 1 << 16  # bytes: a smaller array shares a stream with others of its dtype
+_FREE, _RATIO = 1 << 28, 1024  # a file may declare _FREE bytes of arrays, and _RATIO more for each byte that it has
+_RANK = 64
+Array = NDArray[Any]
+Path_ = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class _Stream:
+    offset: int
+    length: int
+    checksum: int
+    dtype: str
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def raw(self) -> list[int]:
+        """Bytes of each decoded array."""
+        return [math.prod(shape) * np.dtype(self.dtype).itemsize for shape in self.shapes]
+
+
+def write(path: Path_, meta: Mapping[str, Any], tensors: Mapping[str, Array]) -> int:
+    """Writes the file and returns its size in bytes. ``meta`` is anything that JSON can hold.
+
+    The file appears under its name only when it is whole and on the disk; until then a file of that name stays as it is.
+    Arrays are taken from ``tensors`` one at a time, in its order; their order is not kept.
+    """
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error.strerror}.", "a folder that exists and can be written") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            size = _write(file, meta, tensors)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise FileError(f"{path} could not be written: {error.strerror or error}.", do="free some space, or choose another place.") from error
+        raise
+    return size
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _write(file: BinaryIO, meta: Mapping[str, Any], tensors: Mapping[str, Array]) -> int:
+    head, table, raw = _HEAD.pack(MAGIC, MAJOR, MINOR), [], 0
+    file.write(head)
+    for names, arrays in _grouped(tensors):
+        data = coder.encode_all(arrays)
+        table.append([len(data), zlib.crc32(data), arrays[0].dtype.name, [[n, list(a.shape)] for n, a in zip(names, arrays, strict=True)]])
+        raw += sum(a.nbytes for a in arrays)
+        file.write(data)
+    padding = max(0, -(-(raw - _FREE) // _RATIO) - file.tell())
+    file.write(bytes(padding))
+    plain = _dump({"meta": meta, "padding": padding, "streams": table} if padding else {"meta": meta, "streams": table})
+    packed = coder.compress(plain)
+    lengths = struct.pack("<II", len(packed), len(plain))
+    file.write(packed + lengths + struct.pack("<I", zlib.crc32(head + packed + lengths)))
+    return file.tell()
+
+
+def _grouped(tensors: Mapping[str, Array]) -> Iterator[tuple[list[str], list[Array]]]:
+    """The arrays by stream: a large one alone, small ones of one dtype together."""
+    pending: dict[str, tuple[list[str], list[Array]]] = {}
+    for name, array in tensors.items():
+        _check_name(name)
+        if array.nbytes >= _SMALL:
+            yield [name], [array]
+            continue
+        names, arrays = pending.setdefault(array.dtype.name, ([], []))
+        names.append(name)
+        arrays.append(array)
+        if sum(a.nbytes for a in arrays) >= 16 * _SMALL:
+            yield pending.pop(array.dtype.name)
+    yield from pending.values()
+
+
+def _dump(header: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(header, allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FileError(f"The meta data cannot be written as JSON: {error}.", "plain data without NaN or infinity") from error
+
+
+def read_meta(path: Path_) -> dict[str, Any]:
+    """The meta data alone; no array is read."""
+    file, meta, _ = _open(path, None)
+    file.close()
+    return meta
+
+
+def read(path: Path_, limit_bytes: int = 16 << 30) -> tuple[dict[str, Any], Mapping[str, Array]]:
+    """The meta data and the arrays. An array is decoded, and its checksum verified, each time it is looked up.
+
+    Raises ``FileError`` when the file is missing, damaged, from a newer version, or holds more than ``limit_bytes``.
+    """
+    file, meta, streams = _open(path, limit_bytes)
+    return meta, _Tensors(str(path), file, streams)
+
+
+def sizes(path: Path_) -> dict[str, int]:
+    """The coded bytes of each array. Arrays that share a stream share its bytes in proportion to their raw size."""
+    file, _, streams = _open(path, None)
+    file.close()
+    result = {}
+    for stream in streams:
+        raw, done, given = stream.raw, 0, 0
+        for name, size in zip(stream.names, raw, strict=True):
+            done += size
+            upto = stream.length * done // max(1, sum(raw)) if name != stream.names[-1] else stream.length
+            result[name], given = upto - given, upto
+    return result
+
+
+class _Tensors(Mapping[str, Array]):
+    """Arrays of a file that stays open; decoded when looked up. Streams of many small arrays are decoded once."""
+
+    def __init__(self, path: str, file: BinaryIO, streams: list[_Stream]):
+        self._path, self._file, self._lock = path, file, Lock()
+        self._place = {name: (stream, i) for stream in streams for i, name in enumerate(stream.names)}
+        self._shared: dict[int, list[Array]] = {}
+        weakref.finalize(self, file.close)
+
+    def __getitem__(self, name: str) -> Array:
+        stream, index = self._place[name]
+        if len(stream.names) == 1:
+            return self._decode(stream)[0]
+        if stream.offset not in self._shared:
+            self._shared[stream.offset] = self._decode(stream)
+        return self._shared[stream.offset][index].copy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def _decode(self, stream: _Stream) -> list[Array]:
+        with self._lock:
+            self._file.seek(stream.offset)
+            data = self._file.read(stream.length)
+        if len(data) != stream.length or zlib.crc32(data) != stream.checksum:
+            raise _damaged(self._path, f"the checksum of {stream.names[0]!r} is wrong")
+        return coder.decode_all(data, stream.dtype, stream.shapes)
+
+
+def _damaged(path: Path_, what: str) -> FileError:
+    return FileError(f"{path} is damaged: {what}.", "a whole .mip file", "copy or make the file again.")
+
+
+def _open(path: Path_, limit: int | None) -> tuple[BinaryIO, dict[str, Any], list[_Stream]]:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}.", "a .mip file") from error
+    try:
+        meta, streams = _parse(path, file, limit)
+    except BaseException as error:
+        file.close()
+        if isinstance(error, OSError):
+            raise FileError(f"{path} cannot be read: {error.strerror or error}.", "a .mip file") from error
+        raise
+    return file, meta, streams
+
+
+def _parse(path: Path_, file: BinaryIO, limit: int | None) -> tuple[dict[str, Any], list[_Stream]]:
+    total = os.fstat(file.fileno()).st_size
+    head = file.read(_HEAD.size)
+    if head[: len(MAGIC)] != MAGIC:
+        raise FileError(f"{path} is not a .mip file.", "a file that multum wrote", "check the path.")
+    if total < _HEAD.size + _FOOT.size:
+        raise _damaged(path, "it is truncated")
+    if head[8] != MAJOR:
+        raise FileError(f"{path} has format version {head[8]}.{head[9]}.", f"version {MAJOR}", "upgrade multum.")
+    file.seek(total - _FOOT.size)
+    foot = file.read(_FOOT.size)
+    packed_size, plain_size, checksum = _FOOT.unpack(foot)
+    body = total - _FOOT.size - packed_size
+    if body < _HEAD.size or plain_size > _HEADER_LIMIT:
+        raise _damaged(path, "the length of its header is wrong")
+    file.seek(body)
+    packed = file.read(packed_size)
+    if zlib.crc32(head + packed + foot[:8]) != checksum:
+        raise _damaged(path, "the checksum of its header is wrong")
+    try:
+        header = _load(coder.decompress(packed, plain_size))
+        streams = _streams(header, body)
+        meta = _of(header.get("meta"), dict)
+    except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header makes no sense ({error})") from error
+    _check_sizes(path, streams, total, limit)
+    return meta, streams
+
+
+def _of(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{type(value).__name__} where {kind.__name__} is expected")
+    return value
+
+
+def _load(text: bytes) -> dict[str, Any]:
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not a number")
+
+    def number(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text} is out of range")
+        return value
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(result := dict(items)) != len(items):
+            raise ValueError("a key appears twice")
+        return result
+
+    hooks: dict[str, Callable[..., Any]] = {"parse_constant": constant, "parse_float": number, "object_pairs_hook": pairs}
+    return _of(json.loads(text, **hooks), dict)
+
+
+def _streams(header: dict[str, Any], end: int) -> list[_Stream]:
+    streams, offset, seen = [], _HEAD.size, set()
+    for length, checksum, dtype, members in _of(header["streams"], list):
+        names, shapes = zip(*members, strict=True)
+        for name, shape in members:
+            _check_name(name)
+            if name in seen:
+                raise ValueError(f"{name!r} appears twice")
+            seen.add(name)
+            if len(_of(shape, list)) > _RANK or any(_of(n, int) < 0 or n > 1 << 48 for n in shape):
+                raise ValueError(f"{name!r} has the shape {shape}")
+        if dtype not in coder.DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}")
+        if _of(length, int) < 0 or not 0 <= _of(checksum, int) < 1 << 32:
+            raise ValueError("a stream has an impossible length or checksum")
+        streams.append(_Stream(offset, length, checksum, dtype, names, tuple(tuple(s) for s in shapes)))
+        offset += length
+    padding = _of(header.get("padding", 0), int)
+    if padding < 0 or offset + padding != end:
+        raise ValueError("the lengths of its parts do not add up")
+    return streams
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name.split("/"):
+        raise FileError(f"A tensor with the name {str(name)[:80]!r}.", "1 to 512 characters, no control character, backslash or '..'", "rename it.")
+
+
+def _check_sizes(path: Path_, streams: list[_Stream], total: int, limit: int | None) -> None:
+    declared = sum(sum(s.raw) for s in streams)
+    if declared > _FREE + _RATIO * total:
+        raise _damaged(path, f"{total} bytes cannot hold the {declared} that it declares")
+    if limit is not None and declared > limit:
+        raise FileError(f"{path} holds {declared} bytes of tensors.", f"at most {limit}", "pass a larger limit_bytes if you trust it.")
