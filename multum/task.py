@@ -1,0 +1,220 @@
+"""`Task`: what the user brings, a trained model with its data, loss and score; and loading one from a file."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import TaskError, near
+from .graph import Graph, capture
+from .graph.capture import arguments
+
+Batches = Iterable[tuple[Any, Any]]
+Predict = Callable[[Any], Any]
+Metric = Callable[[Predict, Batches], Any]
+
+PARTS = ("train", "calibration", "validation", "test")
+
+
+@dataclass(eq=False)
+class Task:
+    """A trained model and what is needed to compress and judge it. Only `model` and `example` are required.
+
+    `example` is one batch of inputs: a tensor, a tuple (passed by position) or a dict (passed by name), nested at will.
+    `train`, `calibration`, `validation` and `test` are iterables of `(inputs, targets)` batches that can be run through
+    again and again; validation steers the search, test is used once at the end. `loss(outputs, targets)` gives a scalar
+    tensor. `metric(predict, data)` gets any callable from inputs to outputs and gives one score for each sample [n], or
+    one number; without it the score is the agreement with the original in percent. `fit(graph, loss)` replaces the
+    training loop by the user's own: it trains `graph` in place with `loss(inputs, outputs, targets)`.
+    """
+
+    model: nn.Module
+    example: Any
+    train: Batches | None = None
+    calibration: Batches | None = None
+    validation: Batches | None = None
+    test: Batches | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
+    metric: Metric | None = None
+    fit: Callable[[Graph, Callable[[Any, Any, Any], Tensor]], None] | None = None
+    higher_is_better: bool = True
+    name: str = "model"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise TaskError(f"The task's model is a {type(self.model).__name__}.", "a torch.nn.Module")
+        for name in ("loss", "metric", "fit"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise TaskError(f"The task's {name} is a {type(getattr(self, name)).__name__}.", "a function")
+        for name in PARTS:
+            data = getattr(self, name)
+            if isinstance(data, Iterator):
+                raise TaskError(
+                    f"The task's {name} data can be run through only once ({type(data).__name__}).",
+                    "an iterable that starts anew each time",
+                    "give a list of batches, a DataLoader, or an object with __iter__",
+                )
+        check_finite(self.example, "example")
+
+    @cached_property
+    def original(self) -> Graph:
+        """The captured model, in eval mode: the teacher and the yardstick. Nothing may change it."""
+        graph = capture(self.model, self.example)
+        return graph.requires_grad_(False)
+
+    def data(self, part: str) -> Batches:
+        """The batches of one part of the data. Raises TaskError when the task has none."""
+        batches = getattr(self, part)
+        if batches is None and part == "calibration" and self.train is not None:
+            batches = self.train
+        if batches is None:
+            raise TaskError(f"The task {self.name!r} has no {part} data.", f"an iterable of (inputs, targets) batches as `{part}`")
+        return checked(batches, part)
+
+    def score(self, predict: Predict, part: str = "validation") -> np.ndarray | float:
+        """One score per sample [n], or one number. Raises TaskError when the metric gives something else."""
+        metric = self.metric or self._agreement
+        with torch.inference_mode():
+            value = metric(predict, self.data(part))
+        scores = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value, dtype=np.float64)
+        if scores.ndim > 1 or scores.size == 0:
+            raise TaskError(f"The metric gave an array of shape {scores.shape}.", "one score per sample [n], or one number")
+        if not np.isfinite(scores).all():
+            raise TaskError("The metric gave NaN or an infinite score.", "finite scores", "check the metric and the outputs")
+        return scores if scores.ndim else float(scores)
+
+    def _agreement(self, predict: Predict, data: Batches) -> np.ndarray:
+        rows = [100.0 * (labels(predict(x)) == labels(call(self.original, x))).double() for x, _ in data]
+        return torch.cat([row.flatten() for row in rows]).numpy()
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """Calls a model with one batch: a tensor alone, a tuple by position, a dict by name."""
+    args, kwargs = arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in a nested value, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from tensors(part)
+
+
+def logits(outputs: Any) -> Tensor:
+    """The first floating-point tensor of a model's outputs. Raises TaskError when there is none."""
+    for tensor in tensors(outputs):
+        if tensor.is_floating_point():
+            return tensor
+    raise TaskError("The model's outputs hold no floating-point tensor.", "at least one, such as logits")
+
+
+def labels(outputs: Any) -> Tensor:
+    """The largest of the last (for images of logits: the second) dimension of the first output, per sample."""
+    value = logits(outputs)
+    return value.argmax(1 if value.ndim == 4 else -1)
+
+
+def check_finite(value: Any, what: str) -> None:
+    """Raises TaskError when a floating-point tensor in `value` holds NaN or an infinite number."""
+    for tensor in tensors(value):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TaskError(f"The {what} holds NaN or infinite values.", "finite numbers", "check how the data are loaded and normalized")
+
+
+def checked(batches: Batches, part: str) -> Batches:
+    """The same batches; each is checked to be a pair of finite inputs and targets as it comes by."""
+    return _Checked(batches, part)
+
+
+class _Checked:
+    def __init__(self, batches: Batches, part: str):
+        self.batches, self.part = batches, part
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        count = 0
+        for count, batch in enumerate(self.batches, 1):  # noqa: B007
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise TaskError(f"A batch of the {self.part} data is a {type(batch).__name__}.", "a pair (inputs, targets)")
+            check_finite(batch, f"{self.part} data")
+            yield batch[0], batch[1]
+        if not count:
+            raise TaskError(f"The {self.part} data are empty.", "at least one batch")
+
+
+def load_task(reference: str | Path) -> Task:
+    """The task that `path.py`, `path.py:function` or `package.module:function` gives (the function is `task` if not named)."""
+    place, _, function = str(reference).partition(":") if not Path(reference).is_file() else (str(reference), "", "")
+    function = function or "task"
+    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    make = getattr(module, function, None)
+    if not callable(make):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise TaskError(f"{place} has no function {function!r}.", f"a function that returns a Task; near: {near(function, names)}")
+    with _importing_from(Path(place).parent if place.endswith(".py") else None):
+        made = make()
+    if not isinstance(made, Task):
+        raise TaskError(f"{function}() of {place} returned a {type(made).__name__}.", "a multum.Task")
+    return made
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        candidates = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise TaskError(f"There is no task file {str(path)!r}.", f"a Python file with a function task(); near: {near(str(path), candidates)}")
+    description = importlib.util.spec_from_file_location(f"multum_task_{abs(hash(path.resolve()))}", path)
+    assert description is not None
+    assert description.loader is not None
+    module = importlib.util.module_from_spec(description)
+    with _importing_from(path.parent):
+        try:
+            description.loader.exec_module(module)
+        except Exception as error:
+            raise TaskError(f"The task file {str(path)!r} fails: {type(error).__name__}: {error}", "a file that can be imported") from error
+    return module
+
+
+def _load_module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise TaskError(f"The task {name!r} cannot be imported: {error}", "path.py, path.py:function or package.module:function") from error
+
+
+@contextmanager
+def _importing_from(folder: Path | None) -> Iterator[None]:
+    """Lets a task file import its neighbours, without leaving their (often common) names behind for the next one."""
+    if folder is None:
+        yield
+        return
+    place = str(folder.resolve())
+    before = set(sys.modules)
+    sys.path.insert(0, place)
+    try:
+        yield
+    finally:
+        sys.path.remove(place)
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and str(Path(file).parent) == place:
+                del sys.modules[name]
