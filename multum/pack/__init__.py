@@ -1,6 +1,7 @@
-"""The ``.mip`` file: one self-contained file for a model, and the lossless codec of its tensors."""
+"""The `.mip` file: one self-contained file for a model, and the lossless codec of its tensors."""
 
-from multum.pack.coder import decode, encode
-from multum.pack.mip import read, read_meta, sizes, write
+from .coder import decode, encode
+from .mip import read, read_meta, sizes, write
+from .model import describe, load, save
 
-__all__ = ["decode", "encode", "read", "read_meta", "sizes", "write"]
+__all__ = ["decode", "describe", "encode", "load", "read", "read_meta", "save", "sizes", "write"]
