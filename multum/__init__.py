@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -36,6 +38,17 @@ if TYPE_CHECKING:
     from . import distill as distill
     from . import prune as prune
     from . import quantize as quantize
+
+
+class _Package(ModuleType):
+    """Keeps `multum.search` the function: importing the folder of that name would otherwise put the folder in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PLACES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
