@@ -46,7 +46,7 @@ def to_data(graph: Graph) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, tensor in graph.named_tensors():
         value = tensor.detach().cpu()
         if name in integers:
-            value = _to_integers(value, graph, integers[name])
+            value = to_integers(value, graph, integers[name])
         tensors[name] = value.contiguous()
     return operators_to_json(graph) | {"integers": sorted(integers)}, tensors
 
@@ -229,7 +229,7 @@ def _reads(node: Any) -> str | None:
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
-def _parameters(graph: Graph, node: fx.Node, ndim: int) -> tuple[Tensor, Tensor, int, int]:
+def grid(graph: Graph, node: fx.Node, ndim: int) -> tuple[Tensor, Tensor, int, int]:
     """Scale and zero point, shaped to broadcast over the weight, and the smallest and largest integer."""
     scale, zero = (graph.tensor(str(_reads(read(node, name)))).detach().cpu() for name in ("scale", "zero_point"))
     axis = read(node, "axis")
@@ -239,15 +239,15 @@ def _parameters(graph: Graph, node: fx.Node, ndim: int) -> tuple[Tensor, Tensor,
     return scale, zero, int(read(node, "quant_min")), int(read(node, "quant_max"))
 
 
-def _to_integers(value: Tensor, graph: Graph, node: fx.Node) -> Tensor:
-    scale, zero, low, high = _parameters(graph, node, value.ndim)
+def to_integers(value: Tensor, graph: Graph, node: fx.Node) -> Tensor:
+    scale, zero, low, high = grid(graph, node, value.ndim)
     levels = torch.clamp(torch.round(value * (1.0 / scale)) + torch.round(zero), low, high)
     kinds = (torch.int8, torch.uint8, torch.int16, torch.int32)
     return levels.to(next(t for t in kinds if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max))
 
 
 def _from_integers(levels: Tensor, graph: Graph, node: fx.Node) -> Tensor:
-    scale, zero, low, high = _parameters(graph, node, levels.ndim)
+    scale, zero, low, high = grid(graph, node, levels.ndim)
     if levels.numel() and not (low <= int(levels.min()) and int(levels.max()) <= high):
         raise FileError(f"The tensor {_reads(node.args[0])!r} holds integers outside {low}..{high}.", "integers on the declared grid")
     return (levels - torch.round(zero)) * scale
