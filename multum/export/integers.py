@@ -1,0 +1,131 @@
+"""Fake quantization as engines run it: weights that are integers, and operators that a translation to ONNX knows."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import ExportError
+from ..graph import Graph
+from ..graph.file import grid, to_integers
+from ..graph.layers import QUANTIZERS
+from ..graph.model import aten, owners, read
+
+_KINDS = (torch.uint8, torch.int8, torch.uint16, torch.int16)
+
+
+@cache
+def library() -> Any:
+    """Defines the operators that stand for an integer weight and a quantized activation during export; they are never run."""
+    library = torch.library.Library("multum", "FRAGMENT")
+    library.define("dequantize(Tensor integers, Tensor scale, Tensor zero, int axis) -> Tensor")
+    library.impl("dequantize", lambda integers, scale, *_: torch.empty_like(integers, dtype=scale.dtype), "Meta")
+    library.define("fake_quantize(Tensor x, Tensor scale, Tensor zero, int low, int high) -> Tensor")
+    library.impl("fake_quantize", lambda x, *_: torch.empty_like(x), "Meta")
+    return library
+
+
+def kind(low: int, high: int) -> torch.dtype | None:
+    """The smallest integer type that holds `low` to `high`, unsigned first; None above 16 bits."""
+    return next((t for t in _KINDS if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max), None)
+
+
+def to_integer_weights(graph: Graph) -> None:
+    """Replaces, in place, each quantized weight by its integers and one `multum::dequantize`, each quantized activation by a
+    `multum::fake_quantize` with a scalar scale and a zero point of its integer type."""
+    library()
+    made: dict[Any, fx.Node] = {}
+    for node in list(graph.fx.nodes):
+        if node.target not in QUANTIZERS:
+            continue
+        key = tuple(getattr(part, "target", part) for part in node.args[:6])
+        if not _constant(node.args[0]):
+            _activation(graph, node)
+        elif key in made:  # the same weight on the same grid, such as a table that is tied to the head
+            node.replace_all_uses_with(made[key])
+        else:
+            made[key] = _weight(graph, node)
+    graph.clean()
+
+
+def _weight(graph: Graph, node: fx.Node) -> fx.Node:
+    value = _value(graph, node.args[0])
+    scale, zero, low, high = grid(graph, node, value.ndim)
+    integers = to_integers(value, graph, node)
+    axis = read(node, "axis", 0)
+    name = str(node.args[0].target) if node.args[0].op == "get_attr" else node.name  # type: ignore[union-attr]
+    one = read(node, "axis") is None
+    parts = {
+        "integers": integers,
+        "scale": scale.reshape(() if one else (-1,)),
+        "zero": _rounded(zero, low, high).to(integers.dtype).reshape(() if one else (-1,)),
+    }
+    reads = [_buffer(graph, f"{name}_{part}", tensor, node) for part, tensor in parts.items()]
+    for user in list(node.users):
+        if user.target is aten.embedding.default and user.args[0] is node:
+            _rows(graph, user, reads[0], scale, _rounded(zero, low, high), name)
+    with graph.fx.inserting_before(node):
+        whole = graph.fx.call_function(torch.ops.multum.dequantize.default, (*reads, axis))
+    whole.meta = dict(node.meta)
+    node.replace_all_uses_with(whole)
+    return whole
+
+
+def _rows(graph: Graph, lookup: fx.Node, integers: fx.Node, scale: Tensor, zero: Tensor, name: str) -> None:
+    """Looks rows up among the integers and scales those alone, so that the table is never expanded."""
+
+    def along(tensor: Tensor, part: str) -> fx.Node:  # [rows, 1] is looked up like the table, [1, columns] and [1, 1] are as they are
+        read = _buffer(graph, f"{name}_{part}", tensor.expand(-1, 1) if tensor.shape[0] > 1 else tensor.reshape(-1), lookup)
+        return graph.fx.call_function(aten.embedding.default, (read, lookup.args[1])) if tensor.shape[0] > 1 else read
+
+    scale, zero = (tensor.reshape(1, 1) if not tensor.ndim else tensor for tensor in (scale, zero))
+    with graph.fx.inserting_before(lookup):
+        rows = graph.fx.call_function(aten.embedding.default, (integers, *lookup.args[1:]))
+        rows = graph.fx.call_function(aten._to_copy.default, (rows,), {"dtype": scale.dtype})
+        if zero.any():
+            rows = graph.fx.call_function(aten.sub.Tensor, (rows, along(zero.to(scale.dtype), "row_zero")))
+        rows = graph.fx.call_function(aten.mul.Tensor, (rows, along(scale, "row_scale")))
+    lookup.replace_all_uses_with(rows)
+    graph.fx.erase_node(lookup)
+
+
+def _activation(graph: Graph, node: fx.Node) -> None:
+    scale, zero, low, high = grid(graph, node, 0)
+    integer = kind(low, high)
+    if integer is None or scale.numel() != 1:
+        what = f"is quantized to {low}..{high}" if integer is None else f"has {scale.numel()} scales"
+        raise ExportError(f"An activation of {owners([node])!r} {what}.", "one scale and at most 16 bits, which ONNX can express")
+    # Quantizers that share a scale go on sharing it: engines pass integers through a concatenation only then.
+    names = [str(read(node, part).target) for part in ("scale", "zero_point")]
+    reads = [
+        _buffer(graph, f"{names[0]}_scalar", scale.reshape(()), node),
+        _buffer(graph, f"{names[1]}_{str(integer).removeprefix('torch.')}", _rounded(zero, low, high).to(integer).reshape(()), node),
+    ]
+    with graph.fx.inserting_before(node):
+        scalar = graph.fx.call_function(torch.ops.multum.fake_quantize.default, (node.args[0], *reads, low, high))
+    scalar.meta = dict(node.meta)
+    node.replace_all_uses_with(scalar)
+
+
+def _rounded(zero: Tensor, low: int, high: int) -> Tensor:
+    return torch.round(zero.double()).clamp(low, high)
+
+
+def _buffer(graph: Graph, name: str, value: Tensor, before: fx.Node) -> fx.Node:
+    graph.set_tensor(name, value.contiguous(), parameter=False)
+    return graph.attribute(name, before)
+
+
+def _constant(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op != "placeholder" and all(_constant(part) for part in node.all_input_nodes)
+
+
+def _value(graph: Graph, node: Any) -> Tensor:
+    """What a node that depends on no input computes."""
+    if node.op == "get_attr":
+        return graph.tensor(str(node.target)).detach()
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda part: _value(graph, part))
+    return node.target(*args, **kwargs)  # type: ignore[no-any-return]

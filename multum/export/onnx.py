@@ -1,0 +1,152 @@
+"""A graph as ONNX, with integer weights and quantize/dequantize pairs, by `torch.onnx`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import ExportError
+from ..graph import Graph
+from ..graph.spec import Spec
+from .integers import kind, to_integer_weights
+
+OPSET = 21  # the first with 16-bit integers in QuantizeLinear
+_LARGEST = 2**31 - 2**24  # bytes: what one protobuf message holds, less room for the operators
+
+
+def to_onnx_bytes(graph: Graph) -> bytes:
+    """The graph in eval mode as an ONNX file's content, fused, its first dimension named "batch"; the graph itself is not changed.
+
+    `metadata_props` hold the structure of inputs and outputs ("multum.io", see `multum.graph.spec`) and the fingerprint.
+    Raises ExportError, naming the operator, when ONNX cannot express one, and for models above 2 GB.
+    """
+    from ..graph.fuse import fuse
+
+    work = graph.copy().to("cpu").eval()
+    fuse(work)
+    to_integer_weights(work)
+    size = sum(tensor.nbytes for _, tensor in work.named_tensors())
+    if size > _LARGEST:
+        raise ExportError(f"The model has {size / 2**30:.1f} GB of tensors.", "at most 2 GB, which one ONNX file holds", "compress it further")
+    with _quiet():
+        program = _translate(work, _input_names(graph.inputs), _names(graph.outputs, "output"))
+    model = program.model_proto
+    _tidy(model)
+    properties = {"multum.io": json.dumps({"inputs": graph.inputs, "outputs": graph.outputs}), "multum.fingerprint": graph.fingerprint()}
+    for key, value in properties.items():
+        model.metadata_props.add(key=key, value=value)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _input_names(spec: Spec) -> list[str]:
+    """Named inputs keep their name; others are "input", or "input_0", "input_1" ..."""
+    positional, named = spec["c"]
+    return _unique([*_names(positional, "input"), *_names(named, "input")])
+
+
+def _names(spec: Spec, default: str) -> list[str]:
+    """A readable name for every tensor of a structure: its keys joined, after `default` when they begin with a number."""
+    paths = ["_".join(path) for path in _paths(spec)]
+    if len(paths) == 1 and re.fullmatch(r"[\d_]*", paths[0]):
+        return [default]
+    return _unique(re.sub(r"\W", "_", path if path[:1].isalpha() else f"{default}_{path}") for path in paths)
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        found.append(name if name not in found else f"{name}_{len(found)}")
+    return found
+
+
+def _paths(spec: Spec) -> Iterator[tuple[str, ...]]:
+    if spec["t"] == "tensor":
+        yield ()
+    for key, child in zip(spec.get("k", range(len(spec.get("c", ())))), spec.get("c", ()), strict=True):
+        yield from ((str(key), *path) for path in _paths(child))
+
+
+def _translate(graph: Graph, inputs: list[str], outputs: list[str]) -> Any:
+    leaves = tuple(graph._example_leaves())
+    batch = leaves[0].shape[0] if leaves[0].ndim else 0
+    dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.ndim and leaf.shape[0] == batch else None for leaf in leaves)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(fx.GraphModule(graph.tensors, graph.fx), leaves, dynamic_shapes=dynamic, strict=False)
+        return torch.onnx.export(
+            exported,
+            opset_version=OPSET,
+            input_names=inputs,
+            output_names=outputs,
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ExportError(
+            f"The graph cannot be expressed in ONNX: {' '.join(lines[:3])[:400]}",
+            "operators that ONNX has",
+            "compress without the step that brought the operator in, or report it",
+        ) from error
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    from onnxscript import ir
+    from onnxscript import opset21 as op
+
+    types = {t: ir.DataType[str(t).removeprefix("torch.").upper()] for t in (torch.uint8, torch.int8, torch.uint16, torch.int16)}
+
+    def dequantize(integers: Any, scale: Any, zero: Any, axis: int) -> Any:
+        return op.DequantizeLinear(integers, scale, zero, axis=axis)
+
+    def fake_quantize(x: Any, scale: Any, zero: Any, low: int, high: int) -> Any:
+        levels = op.QuantizeLinear(x, scale, zero)
+        integer = kind(low, high)
+        assert integer is not None
+        bounds = torch.iinfo(integer)
+        if (low, high) != (bounds.min, bounds.max):  # fewer bits than the type has
+            levels = op.Clip(levels, *(op.Constant(value=ir.tensor(bound, dtype=types[integer])) for bound in (low, high)))
+        return op.DequantizeLinear(levels, scale, zero)
+
+    return {
+        torch.ops.multum.dequantize.default: dequantize,
+        torch.ops.multum.fake_quantize.default: fake_quantize,
+    }
+
+
+def _tidy(model: Any) -> None:
+    """Leaves what a runtime needs: no traces of the exporter, shapes only of inputs and outputs, and one name for the batch."""
+    graph = model.graph
+    del graph.value_info[:], graph.metadata_props[:], model.metadata_props[:]
+    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    symbols = [port.type.tensor_type.shape.dim[0].dim_param for port in graph.input if port.type.tensor_type.shape.dim]
+    for symbol in filter(None, symbols):
+        for port in (*graph.input, *graph.output):
+            for dim in port.type.tensor_type.shape.dim:
+                if dim.dim_param:
+                    dim.dim_param = re.sub(rf"\b{symbol}\b", "batch", dim.dim_param)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No notes about packages that `torch.onnx` would like to have."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
