@@ -41,7 +41,7 @@ def to_data(graph: Graph) -> tuple[dict[str, Any], dict[str, Tensor]]:
     A weight that is read through a fake-quantization node alone is stored as its integers, in the smallest integer type:
     its floating-point value is `scale * (integer - zero point)`, which the quantizer maps to itself.
     """
-    integers = _quantized_weights(graph)
+    integers = quantized_weights(graph)
     tensors: dict[str, Tensor] = {}
     for name, tensor in graph.named_tensors():
         value = tensor.detach().cpu()
@@ -61,10 +61,10 @@ def from_data(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Graph:
         reason = f"{type(error).__name__}: {error}"[:300]
         raise FileError(f"The description of the graph is damaged ({reason}).", "a graph written by multum") from error
     for name in data.get("integers", ()):
-        quantizers = _quantized_weights(graph).get(name)
+        quantizers = quantized_weights(graph).get(name)
         if quantizers is None:
             raise FileError(f"The tensor {name!r} is said to hold integers but is not quantized.", "a graph written by multum")
-        graph.set_tensor(name, _from_integers(graph.tensor(name), graph, quantizers), parameter=True)
+        graph.set_tensor(name, from_integers(graph.tensor(name), graph, quantizers), parameter=True)
     return graph
 
 
@@ -211,7 +211,7 @@ def _node(operators: fx.Graph, nodes: list[fx.Node], row: list[Any]) -> fx.Node:
     return node
 
 
-def _quantized_weights(graph: Graph) -> dict[str, fx.Node]:
+def quantized_weights(graph: Graph) -> dict[str, fx.Node]:
     """Tensors of which every use passes through one fake-quantization node, with that node."""
     uses: dict[str, set[fx.Node]] = {}
     for node in graph.fx.nodes:
@@ -246,7 +246,7 @@ def to_integers(value: Tensor, graph: Graph, node: fx.Node) -> Tensor:
     return levels.to(next(t for t in kinds if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max))
 
 
-def _from_integers(levels: Tensor, graph: Graph, node: fx.Node) -> Tensor:
+def from_integers(levels: Tensor, graph: Graph, node: fx.Node) -> Tensor:
     scale, zero, low, high = grid(graph, node, levels.ndim)
     if levels.numel() and not (low <= int(levels.min()) and int(levels.max()) <= high):
         raise FileError(f"The tensor {_reads(node.args[0])!r} holds integers outside {low}..{high}.", "integers on the declared grid")
