@@ -1,0 +1,114 @@
+"""What the commands show in a terminal: tables and a summary, as rich renderables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .words import amount, duration, size, statistics, tiles
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_LAYERS = 12  # layers that a plan names before it counts the rest
+
+
+def summary(result: Mapping[str, Any], folder: Path, page: Path) -> RenderableType:
+    """The three numbers, what they mean, and where the files are."""
+    from rich.console import Group
+    from rich.text import Text
+
+    table = _table("", "", "", "")
+    for tile in tiles(result):
+        mark = Text("") if tile["met"] is None else Text("met", "green") if tile["met"] else Text("missed", "bold red")
+        table.add_row(Text(tile["value"], "bold"), tile["title"], tile["change"], Text(f"{tile['asked'] or ''} ") + mark)
+    lines = [statistics(result), result["verdict"], f"{folder / result['files']['model']}  {page}"]
+    if not result["met"]:
+        lines.insert(0, f"The target is not met: {result['binding']}. This is the nearest that was found.")
+    return Group(table, *(Text(line) for line in lines))
+
+
+def analysis(found: Mapping[str, Any]) -> RenderableType:
+    """Where parameters, MACs, bytes and time are."""
+    from rich.console import Group
+    from rich.text import Text
+
+    table = _table("layer", "kind", ">parameters", ">MACs", ">bytes", ">activations", ">time")
+    for row in found["layers"]:
+        table.add_row(row["name"], row["kind"], *_measures(row))
+    table.add_section()
+    table.add_row(Text("total", "bold"), "", *_measures(found["total"]))
+    notes = [Text(f"not counted: {name}: {reason}", "dim") for name, reason in found["uncounted"].items()]
+    return Group(table, *notes)
+
+
+def times(rows: Iterable[Mapping[str, Any]], verdict: str) -> RenderableType:
+    """Original and compressed model in turns, for each batch size and number of threads."""
+    from rich.console import Group
+    from rich.text import Text
+
+    table = _table(">batch", ">threads", ">original", "engine", ">compressed", "engine", ">faster", ">spread")
+    for row in rows:
+        before, after = duration(row["original"]), duration(row["compressed"])
+        ratio, spread = f"{row['ratio']:.2f}×", f"{row['low']:.2f}–{row['high']:.2f}×"
+        table.add_row(str(row["batch"]), str(row["threads"]), before, row["baseline"], after, row["engine"], ratio, spread)
+    return Group(table, Text(verdict))
+
+
+def plans(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """What each step of a recipe would do, and what it would leave alone."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for row in rows:
+        options = ", ".join(f"{key}={value!r}" for key, value in row["options"].items())
+        parts.append(Text(f"{row['step']}({options}): {len(row['changes'])} changed, {len(row['skipped'])} left alone", "bold"))
+        table = _table("layer", "what")
+        for name, change in list(row["changes"].items())[:_LAYERS]:
+            table.add_row(name, _shortly(change))
+        if len(row["changes"]) > _LAYERS:
+            table.add_row("…", f"{len(row['changes']) - _LAYERS} more; all of them with --json")
+        for name, reason in row["skipped"].items():
+            table.add_row(Text(name, "dim"), Text(f"left alone: {reason}", "dim"))
+        parts.append(table)
+    return Group(*parts)
+
+
+def steps(rows: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """The steps with their options."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for row in rows:
+        needs = f", needs {', '.join(row['needs'])}" if row["needs"] else ""
+        parts += [Text.assemble((row["name"], "bold"), (f"  {row['stage']}{needs}", "dim")), Text(f"  {row['source']}")]
+        table = _table("  option", "default", "")
+        for option in row["options"]:
+            table.add_row(f"  {option['name']}", repr(option["default"]), option["help"])
+        parts += [table, Text("")]
+    return Group(*parts)
+
+
+def _table(*columns: str) -> Table:
+    """A plain table; a column whose name begins with `>` is aligned to the right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, show_header=any(columns), pad_edge=False, header_style="dim")
+    for name in columns:
+        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def _measures(row: Mapping[str, Any]) -> list[str]:
+    cells = ((amount, "parameters"), (amount, "macs"), (size, "bytes"), (size, "activations"), (duration, "ms"))
+    return ["" if row.get(key) is None else text(row[key]) for text, key in cells]
+
+
+def _shortly(change: Mapping[str, Any]) -> str:
+    text = ", ".join(f"{key} {value}" for key, value in change.items())
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,106 @@
+"""Numbers in words: sizes, amounts, and the sentences that say what a result means."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+
+def size(count: float) -> str:
+    """Bytes with three digits: `45.2 KB`. K is 1000."""
+    return _scaled(count, ("B", "KB", "MB", "GB"))
+
+
+def amount(count: float) -> str:
+    """A count with three digits: `272 k`, `31.2 M`."""
+    return _scaled(count, ("", "k", "M", "G"))
+
+
+def _scaled(count: float, units: tuple[str, ...]) -> str:
+    index = 0
+    while abs(count) >= 999.5 and index < len(units) - 1:
+        count, index = count / 1000, index + 1
+    return f"{count:.{3 if abs(count) < 1 and index else 2 if abs(count) < 10 and index else 1 if abs(count) < 100 and index else 0}f} {units[index]}".strip()
+
+
+def duration(ms: float) -> str:
+    """Milliseconds with three digits, in the unit that suits."""
+    return f"{ms * 1000:.3g} µs" if ms < 0.1 else f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
+
+
+def tiles(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The three numbers: what each is, from what to what, what was asked, and whether that is met (None: not asked)."""
+    target, before, after = result["target"], result["original"], result["compressed"]
+    ratio, speed, drop = result["ratios"]["size"], result["ratios"]["speed"], result["drop"]
+    missed = result["missed"]
+    rows = [
+        {
+            "key": "size",
+            "title": "smaller",
+            "value": f"{ratio:.1f}×",
+            "change": f"{size(before['bytes'])} → {size(after['bytes'])}",
+            "detail": "the file, against the original's fp32 safetensors",
+            "asked": f"asked: {target['size']}" if "size" in target else None,
+        },
+        {
+            "key": "speed",
+            "title": "faster" if speed["ratio"] >= 1 else "the speed",
+            "value": f"{speed['ratio']:.2f}×",
+            "change": f"{duration(before['latency']['median'])} → {duration(after['latency']['median'])}",
+            "detail": f"one sample, in turns with {speed['baseline']}; spread {speed['low']:.2f}–{speed['high']:.2f}×",
+            "asked": f"asked: {target['speed']:g}×" if "speed" in target else None,
+        },
+    ]
+    if drop is not None:
+        bound = "" if drop["bound"] is None else f"; at most {drop['bound']:.2f} with 95 % confidence"
+        rows.append(
+            {
+                "key": "drop",
+                "title": "points lost" if drop["points"] >= 0 else "points gained",
+                "value": f"{abs(drop['points']):.2f}",
+                "change": f"{before['score']:.2f} → {after['score']:.2f}",
+                "detail": f"{drop['part']} data, on the deployed file{bound}",
+                "asked": f"allowed: {target['max_drop']:g}" if "max_drop" in target else None,
+            }
+        )
+    return [row | {"met": None if row["asked"] is None else row["key"] not in missed} for row in rows]
+
+
+def statistics(result: dict[str, Any]) -> str:
+    """What the drop means, in one sentence."""
+    drop = result["drop"]
+    if drop is None:
+        return "The task has no validation or test data, so nothing was scored."
+    where = f"{drop['n']:,} samples of the {drop['part']} data".replace(",", " ")
+    if drop["bound"] is None:
+        return f"The score is one number for all of the {drop['part']} data, so its drop of {drop['points']:.2f} points has no confidence bound."
+    lost = f"lost {drop['points']:.2f}" if drop["points"] >= 0 else f"gained {-drop['points']:.2f}"
+    pairs = f"; original and compressed differ on {drop['discordant']} of them (p = {drop['p']:.2g})" if drop["discordant"] is not None else ""
+    return f"On {where} the compressed file {lost} points; with 95 % confidence the loss is at most {drop['bound']:.2f}{pairs}."
+
+
+def steps(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each step did, with the layers it left alone grouped by the reason."""
+    rows = []
+    for record in records:
+        reasons: dict[str, list[str]] = defaultdict(list)
+        for layer, reason in record["skipped"].items():
+            reasons[reason].append(layer)
+        before, after = record["parameters"]
+        rows.append(
+            {
+                "name": record["step"],
+                "options": ", ".join(f"{key} = {value}" for key, value in record["options"].items()) or "defaults",
+                "changed": len(record["changes"]),
+                "parameters": f"{amount(before)} → {amount(after)}" if before != after else f"{amount(after)}",
+                "seconds": record["seconds"],
+                "measured": {key: _short(value) for key, value in record["measured"].items() if isinstance(value, int | float | str)},
+                "skipped": sorted(reasons.items()),
+            }
+        )
+    return rows
+
+
+def _short(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

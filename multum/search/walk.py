@@ -1,0 +1,145 @@
+"""The walk over the ladder: sizes first, then recovery of what is small enough, until the target is met."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import FileError, MissingExtra, MultumError, TaskError
+from .evaluate import Candidate, Workshop
+from .judge import Judge
+from .ladder import Rung, ladder
+
+_SLOWER = 1.05  # integer activations are kept where they are faster than floating-point ones by more than this
+_LONGER = 3.0  # times the training, when a recipe loses too much
+
+
+@dataclass(eq=False)
+class Try:
+    """A rung and a candidate made of it."""
+
+    rung: Rung
+    candidate: Candidate
+
+
+class Walk:
+    """One walk over the ladder. `tried` holds what was measured, `failed` what could not be made, with the reason."""
+
+    def __init__(self, workshop: Workshop, judge: Judge, original: Candidate):
+        self.workshop, self.judge, self.original, self.tell = workshop, judge, original, workshop.tell
+        self.tried: list[Try] = []
+        self.failed: list[dict[str, Any]] = []
+        self.sketched: list[Try] = []
+        self.start = time.monotonic()
+        self.last: MultumError | None = None
+
+    @property
+    def best(self) -> Candidate:
+        return min((step.candidate for step in self.tried), key=self.judge.rank)
+
+    def run(self) -> str | None:
+        """Fills `tried`; says "minutes" when these ended the walk. Raises the last error when nothing could be made at all."""
+        limit = self.judge.target.limit(self.original.bytes)
+        for rung in ladder(self.workshop.task):
+            with self._recording(rung):
+                self.sketched.append(self._sketch(rung))
+        if self.last and not self.sketched:
+            raise self.last
+        self.sketched.sort(key=lambda step: -step.candidate.bytes)
+        fitting = [step for step in self.sketched if limit is None or step.candidate.bytes <= limit]
+        if not fitting:
+            self.tell("No recipe of the ladder is small enough; the smallest is tried.")
+        for step in self._steps(fitting or self.sketched[-1:]):
+            begin = time.monotonic()
+            with self._recording(step.rung):
+                self._climb(step)
+            if self._enough():
+                break
+            if self._late(time.monotonic() - begin):
+                return "minutes"
+        if self.last and not self.tried:
+            raise self.last
+        return None
+
+    def _sketch(self, rung: Rung) -> Try:
+        name = f"{rung.name}, before recovery" if rung.trains else rung.name
+        return Try(rung, self.workshop.build(name, rung.sketch))
+
+    def _steps(self, fitting: list[Try]) -> Iterator[Try]:
+        """What to try, in turn: two rungs, more training for the better of them, then the other rungs."""
+        yield from fitting[:2]
+        target = self.judge.target
+        trained = [step for step in self.tried if step.rung.trains]
+        if trained and not (target.size is None and target.speed is None):
+            best = min(trained, key=lambda step: self.judge.rank(step.candidate))
+            yield self._sketch(best.rung.longer(_LONGER))
+        yield from fitting[2:]
+
+    def _climb(self, step: Try) -> None:
+        """Measures the rung without its training, then, unless that is enough, with it."""
+        step = self._fastest(step)
+        self.tried.append(step)
+        target, judge = self.judge.target, self.judge
+        if not step.rung.trains or judge.safe(step.candidate) or "speed" in judge.missed(step.candidate):
+            return
+        drop = judge.drop(self.original.scores, step.candidate.scores)
+        if drop and target.max_drop is not None and drop.points > target.max_drop:
+            self.tell(f"Without recovery the drop is {drop.points:.2f}, over the {target.max_drop:g} allowed. Recovery starts.")
+        made = self.workshop.build(step.rung.name, step.rung.recipe)
+        self.tried.append(Try(step.rung, self._measured(made)))
+
+    def _fastest(self, step: Try) -> Try:
+        """The rung, or its twin with floating-point activations when integers do not measure faster."""
+        step = Try(step.rung, self._measured(step.candidate))
+        if step.rung.twin is None:
+            return step
+        twin = self._sketch(step.rung.twin)
+        twin.candidate = self._measured(twin.candidate)
+        mine, other = step.candidate.speed or 0.0, twin.candidate.speed or 0.0
+        if mine > _SLOWER * other:
+            return step
+        self.tell(f"int8 activations are not faster here ({mine:.2f}x against {other:.2f}x): they stay float.")
+        return twin
+
+    def _measured(self, candidate: Candidate) -> Candidate:
+        made = self.workshop.measure(candidate, self.original)
+        drop = self.judge.drop(self.original.scores, made.scores)
+        lost = f", drop {drop.points:.2f}" if drop else ""
+        self.tell(f"{made.name}: {self.original.bytes / made.bytes:.1f}x smaller, {made.speed:.2f}x faster{lost}")
+        return made
+
+    @contextmanager
+    def _recording(self, rung: Rung) -> Iterator[None]:
+        """A failure of this rung alone is recorded, and the walk goes on; a full disk or bad data ends it."""
+        try:
+            yield
+        except (FileError, TaskError, MissingExtra):
+            raise
+        except Exception as error:
+            self.last = error if isinstance(error, MultumError) else MultumError(f"{rung.name}: {type(error).__name__}: {error}")
+            self.failed.append({"name": rung.name, "recipe": rung.recipe.to_data(), "error": str(error)})
+            self.tell(f"{rung.name} failed: {error}")
+
+    def _enough(self) -> bool:
+        """Met; or, when only a largest drop was asked and the smallest model is looked for, lost too much twice in a row."""
+        target = self.judge.target
+        misses = [bool(self.judge.missed(step.candidate)) for step in self.tried]
+        if target.size is None and target.speed is None:
+            return len(misses) >= 2 and all(misses[-2:])
+        return not all(misses)
+
+    def _late(self, seconds: float) -> bool:
+        """Whether one more attempt as long as the last would overrun the time by more than a tenth."""
+        minutes = self.judge.target.minutes
+        return minutes is not None and time.monotonic() - self.start + seconds > 66 * minutes
+
+    def to_data(self) -> list[dict[str, Any]]:
+        """Every candidate, for the plot and the record."""
+        best = self.best
+        measured = [step.candidate.to_data() | {"chosen": step.candidate is best} for step in self.tried]
+        known = {row["name"] for row in measured}
+        rest = [step.candidate.to_data() for step in self.sketched if step.candidate.name not in known]
+        return measured + rest + self.failed
