@@ -1,0 +1,5 @@
+"""Distillation: training toward what the original model gives."""
+
+from .logits import Logits
+
+__all__ = ["Logits"]

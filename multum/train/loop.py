@@ -1,0 +1,363 @@
+"""The one training loop: recovery, distillation and quantization-aware training differ only in the loss they give it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ..errors import TrainError
+from ..graph import Graph, layers
+from ..graph.model import aten, read
+from ..task import Task, call
+from . import checkpoint
+from .layout import arrange, convert, lay_out
+
+Loss = Callable[[Any, Any, Any], Tensor]  # (inputs, outputs, targets) -> scalar
+
+CHECKPOINT_SECONDS = 30.0
+_STEPS_BETWEEN_LOOKS = 16  # losses are read from the device, and checked, this many at a time
+_SMALLEST_SCALE = 1e-8
+_LEARNED_QUANTIZERS = (
+    aten._fake_quantize_learnable_per_tensor_affine.default,
+    aten._fake_quantize_learnable_per_channel_affine.default,
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train. `epochs` may be a fraction of a pass; the rate warms up linearly, then falls to zero as a cosine.
+
+    `warmup` is a share of all steps; `clip` bounds the norm of the gradient (0: not at all); `patience` is the number of
+    passes without a better validation score after which training stops (0: never).
+    """
+
+    epochs: float = 1.0
+    learning_rate: float = 1e-3
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    clip: float = 1.0
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "sgd"):
+            raise TrainError(f"The optimizer is {self.optimizer!r}.", "'adamw' or 'sgd'")
+        for name in ("epochs", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise TrainError(f"{name} is {getattr(self, name)!r}.", "a number above zero")
+        for name, most in (("weight_decay", math.inf), ("warmup", 1.0), ("clip", math.inf), ("patience", math.inf)):
+            if not 0 <= getattr(self, name) <= most:
+                raise TrainError(f"{name} is {getattr(self, name)!r}.", f"a number from 0 to {most}")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of one of `steps` steps."""
+        warm = round(self.warmup * steps)
+        if step < warm:
+            return self.learning_rate * (step + 1) / (warm + 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+def fit(graph: Graph, task: Task, loss: Loss, how: Training | None = None, workdir: Path | None = None) -> dict[str, Any]:
+    """Trains `graph` in place on the task's train data and leaves it in eval mode.
+
+    Returns `steps`, `seconds`, `loss_first` and `loss_last` (means over the first and last tenth of the steps), and with
+    validation data `validation`, pairs of step and score, from before the first step on, and `kept`, the step whose state
+    the graph has at the end: the best after a whole pass. With a `workdir` the state is kept there, and a second call goes
+    on from it; data that shuffle by torch's global random state then come in the same order. The task's own `fit` is used
+    when it has one. Raises TrainError when the loss stops being finite; the graph then has its last good state.
+    """
+    how = how or Training()
+    if not any(parameter.requires_grad for parameter in graph.parameters()):
+        raise TrainError("The graph has no parameter that can be trained.", "at least one with requires_grad", "graph.requires_grad_(True)")
+    if task.fit is not None:
+        return _fit_by_task(graph, task, loss)
+    run = _Run(graph, task, loss, how, workdir)
+    device = run.accelerator.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(task.seed)
+        try:
+            return run.train()
+        finally:
+            run.close()
+
+
+class _Run:
+    """One training: what it works on, where it stands, and its checkpoint."""
+
+    def __init__(self, graph: Graph, task: Task, loss: Loss, how: Training, workdir: Path | None):
+        from accelerate import Accelerator
+
+        self.graph, self.task, self.loss, self.how = graph, task, loss, how
+        self.home = next(graph.parameters()).device
+        key = [graph.fingerprint(), asdict(how), task.seed]
+        self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        self.file = workdir / "training.safetensors" if workdir else None
+        self.accelerator = Accelerator()
+        self.data = task.data("train")
+        self.per_pass = _length(self.data) // self.accelerator.num_processes
+        if not self.per_pass:
+            raise TrainError(f"The train data have fewer batches than there are processes ({self.accelerator.num_processes}).")
+        self.steps = max(1, round(how.epochs * self.per_pass))
+        graph.to(self.accelerator.device)
+        self.format = lay_out(graph)
+        self.model = self.accelerator.prepare_model(graph)
+        self.parameters = [parameter for parameter in graph.parameters() if parameter.requires_grad]
+        self.scales = _scales(graph)
+        self.optimizer = self.accelerator.prepare_optimizer(_optimizer(graph, how, self.accelerator.device))
+        self.step = self.seen = 0  # steps done in all, and batches seen in this pass
+        self.order: dict[str, Tensor] = {}  # the random state in which this pass began
+        self.now: dict[str, Tensor] = {}  # and that of the checkpoint from which training goes on
+        self.pending: list[Tensor] = []  # losses not yet looked at
+        self.losses: list[float] = []
+        self.validation: list[tuple[int, float]] = []
+        self.kept, self.state = 0, _state(graph)
+        self.seconds, self.began, self.saved = 0.0, time.perf_counter(), time.perf_counter()
+
+    def train(self) -> dict[str, Any]:
+        self._resume()
+        self.graph.train()
+        if not self.step:
+            self._score()
+        with _progress(self.steps, self.step) as tell:
+            while self.step < self.steps and not self._patience_is_over():
+                self._one_pass(tell)
+                self._look()
+                self._keep()
+                self._save()
+        _restore(self.graph, self.state)
+        _check_finite(self.graph)
+        return self._history()
+
+    def close(self) -> None:
+        """Gives the graph back as it came: on its device, without wrappers, in eval mode."""
+        for name in ("forward", "_original_forward"):  # put there by Accelerate for mixed precision
+            self.graph.__dict__.pop(name, None)
+        if self.format is torch.channels_last:
+            convert(self.graph, torch.contiguous_format)
+        self.graph.to(self.home)
+        self.graph.zero_grad()
+        self.graph.eval()
+
+    def _one_pass(self, tell: Callable[[float | None], None]) -> None:
+        batches = _share(self.data, self.accelerator.process_index, self.accelerator.num_processes)
+        if self.seen:  # resumed: what was seen is gone through again, for the order of the rest
+            for _ in range(self.seen):
+                next(batches)
+            checkpoint.set_random_state(self.now, self.accelerator.device)
+        else:
+            self.order = checkpoint.random_state(self.accelerator.device)
+        for inputs, targets in batches:
+            self._update(inputs, targets)
+            if len(self.pending) >= _STEPS_BETWEEN_LOOKS:
+                self._look()
+            tell(self.losses[-1] if self.losses else None)
+            if self.step == self.steps:
+                return
+            if self.file and time.perf_counter() - self.saved > CHECKPOINT_SECONDS:
+                self._look()
+                self._save()
+        self.seen = 0
+
+    def _update(self, inputs: Any, targets: Any) -> None:
+        device = self.accelerator.device
+        inputs, targets = arrange(inputs, device, self.format), arrange(targets, device)
+        with self.accelerator.autocast():
+            value = self.loss(inputs, call(self.model, inputs), targets)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            form = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise TrainError(f"The loss gave {form}.", "one number that depends on the outputs")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.how.rate(self.step, self.steps)
+        self.accelerator.backward(value)
+        if self.how.clip:
+            self.accelerator.clip_grad_norm_(self.parameters, self.how.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._constrain()
+        self.pending.append(value.detach().float().reshape(()))
+        self.step += 1
+        self.seen += 1
+
+    @torch.no_grad()
+    def _constrain(self) -> None:
+        """What must hold for the parameters after every step."""
+        for scale in self.scales:
+            scale.clamp_(min=_SMALLEST_SCALE)
+
+    def _look(self) -> None:
+        """Reads the losses since the last look. Raises TrainError, with the last good state restored, when one is not finite."""
+        values = torch.stack(self.pending).tolist() if self.pending else []
+        self.pending.clear()
+        for position, value in enumerate(values):
+            if not math.isfinite(value):
+                _restore(self.graph, self.state)
+                raise TrainError(
+                    f"The loss is {value} at step {self.step - len(values) + position + 1} of {self.steps}.",
+                    "a finite number",
+                    f"lower the learning rate ({self.how.learning_rate:g}); the state of step {self.kept} is restored",
+                )
+        self.losses += values
+
+    def _score(self) -> float | None:
+        if self.task.validation is None:
+            return None
+        from accelerate.utils import broadcast
+
+        self.graph.eval()
+        device = self.accelerator.device
+        score = np.mean(self.task.score(lambda inputs: call(self.graph, arrange(inputs, device, self.format))))
+        self.graph.train()
+        # the statistics of batch normalization differ between processes: the first one decides for all
+        value = float(broadcast(torch.tensor(float(score), dtype=torch.float64, device=device)))
+        self.validation.append((self.step, value))
+        return value
+
+    def _keep(self) -> None:
+        """Takes the present state for the result, if it is the best so far or there is nothing to judge it by."""
+        earlier = [score for step, score in self.validation if step]
+        score = self._score()
+        if score is None or not earlier or (score > max(earlier) if self.task.higher_is_better else score < min(earlier)):
+            self.kept, self.state = self.step, _state(self.graph)
+
+    def _patience_is_over(self) -> bool:
+        return bool(self.how.patience and self.kept) and sum(step > self.kept for step, _ in self.validation) >= self.how.patience
+
+    def _history(self) -> dict[str, Any]:
+        tenth = max(1, len(self.losses) // 10)
+        history: dict[str, Any] = {
+            "steps": self.step,
+            "seconds": self.seconds + time.perf_counter() - self.began,
+            "loss_first": float(np.mean(self.losses[:tenth])),
+            "loss_last": float(np.mean(self.losses[-tenth:])),
+        }
+        return history | ({"validation": self.validation, "kept": self.kept} if self.validation else {})
+
+    def _save(self) -> None:
+        """Writes all that a later call needs to go on from here, in one file."""
+        self.saved = time.perf_counter()
+        if self.file is None or not self.accelerator.is_main_process:
+            return
+        position = {"step": self.step, "seen": self.seen, "kept": self.kept, "losses": self.losses, "validation": self.validation}
+        position["seconds"] = self.seconds + time.perf_counter() - self.began
+        parts = {"graph": dict(self.graph.named_tensors()), "kept": self.state, "optimizer": checkpoint.moments(self.optimizer)}
+        parts |= {"order": self.order, "now": checkpoint.random_state(self.accelerator.device)}
+        checkpoint.save(self.file, self.key, position, parts)
+
+    def _resume(self) -> None:
+        if self.file is None or not self.file.is_file():
+            return
+        position, parts = checkpoint.load(self.file, self.key)
+        _restore(self.graph, parts["graph"])
+        self.state = {name: tensor.to(self.accelerator.device) for name, tensor in parts["kept"].items()}
+        checkpoint.restore_moments(self.optimizer, parts.get("optimizer", {}))
+        self.order, self.now = parts["order"], parts["now"]
+        self.step, self.seen, self.kept = position["step"], position["seen"], position["kept"]
+        self.losses, self.seconds = position["losses"], position["seconds"]
+        self.validation = [(step, score) for step, score in position["validation"]]
+        checkpoint.set_random_state(self.order if self.seen else self.now, self.accelerator.device)
+
+
+def _fit_by_task(graph: Graph, task: Task, loss: Loss) -> dict[str, Any]:
+    """The same by the user's own loop; a step is a call of the loss."""
+    assert task.fit is not None
+    begin, losses = time.perf_counter(), list[Tensor]()
+
+    def noted(inputs: Any, outputs: Any, targets: Any) -> Tensor:
+        value = loss(inputs, outputs, targets)
+        losses.append(value.detach())
+        return value
+
+    state = _state(graph)
+    graph.train()
+    task.fit(graph, noted)
+    graph.eval()
+    values = [float(value) for value in losses]
+    if not values or not all(math.isfinite(value) for value in values):
+        _restore(graph, state)
+        raise TrainError(f"The task's fit called the loss {len(values)} times and not every value is finite.", "finite losses")
+    _check_finite(graph)
+    tenth = max(1, len(values) // 10)
+    history = {"loss_first": float(np.mean(values[:tenth])), "loss_last": float(np.mean(values[-tenth:]))}
+    return {"steps": len(values), "seconds": time.perf_counter() - begin, **history}
+
+
+def _optimizer(graph: Graph, how: Training, device: torch.device) -> torch.optim.Optimizer:
+    """Only weights that multiply decay: not biases, norms, positions or scales of quantizers."""
+    decaying = {layer.weight for layer in layers(graph) if layer.kind in ("conv", "linear", "rnn")}
+    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for name, parameter in graph.tensors.named_parameters():
+        if parameter.requires_grad:
+            groups[name in decaying].append(parameter)
+    rows = [{"params": part, "weight_decay": how.weight_decay * index} for index, part in enumerate(groups) if part]
+    fused = True if device.type in ("cpu", "cuda") else None
+    if how.optimizer == "sgd":
+        return torch.optim.SGD(rows, how.learning_rate, momentum=0.9, nesterov=True, fused=fused)
+    return torch.optim.AdamW(rows, how.learning_rate, fused=fused)
+
+
+def _scales(graph: Graph) -> list[Tensor]:
+    """The learned scales of quantizers."""
+    nodes = [read(node, "scale") for node in graph.find(*_LEARNED_QUANTIZERS)]
+    return [graph.tensor(str(node.target)) for node in nodes if isinstance(node, fx.Node) and node.op == "get_attr"]
+
+
+def _length(data: Iterable[Any]) -> int:
+    """The number of batches in a pass; counted when the data do not say."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return sum(1 for _ in data)
+
+
+def _share(data: Iterable[Any], rank: int, processes: int) -> Iterator[Any]:
+    """Every process sees other batches, and as many as every other; a last incomplete round is left out."""
+    mine = None
+    for index, batch in enumerate(data):
+        if index % processes == rank:
+            mine = batch
+        if index % processes == processes - 1:
+            yield mine
+
+
+def _state(graph: Graph) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in graph.named_tensors()}
+
+
+@torch.no_grad()
+def _restore(graph: Graph, state: Mapping[str, Tensor]) -> None:
+    for name, tensor in graph.named_tensors():
+        tensor.copy_(state[name])
+
+
+def _check_finite(graph: Graph) -> None:
+    for name, tensor in graph.named_tensors():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TrainError(f"The tensor {name!r} is not finite after training.", "finite weights", "lower the learning rate")
+
+
+@contextmanager
+def _progress(steps: int, done: int) -> Iterator[Callable[[float | None], None]]:
+    """A bar on a terminal's standard error; nothing elsewhere. Gives the function that moves it on by one step."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        row = bar.add_task("training", total=steps, completed=done)
+
+        def tell(loss: float | None) -> None:
+            bar.update(row, advance=1, description="training" if loss is None else f"training, loss {loss:.4f}")
+
+        yield tell
