@@ -20,11 +20,11 @@ _KINDS = (torch.uint8, torch.int8, torch.uint16, torch.int16)
 @cache
 def library() -> Any:
     """Defines the operators that stand for an integer weight and a quantized activation during export; they are never run."""
-    library = torch.library.Library("multum", "FRAGMENT")
-    library.define("dequantize(Tensor integers, Tensor scale, Tensor zero, int axis) -> Tensor")
-    library.impl("dequantize", lambda integers, scale, *_: torch.empty_like(integers, dtype=scale.dtype), "Meta")
-    library.define("fake_quantize(Tensor x, Tensor scale, Tensor zero, int low, int high) -> Tensor")
-    library.impl("fake_quantize", lambda x, *_: torch.empty_like(x), "Meta")
+    library = torch.library.Library("multum", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define("dequantize(Tensor integers, Tensor scale, Tensor zero, int axis) -> Tensor")  # type: ignore[no-untyped-call]
+    library.impl("dequantize", lambda q, scale, *_: torch.empty_like(q, dtype=scale.dtype), "Meta")  # type: ignore[no-untyped-call]
+    library.define("fake_quantize(Tensor x, Tensor scale, Tensor zero, int low, int high) -> Tensor")  # type: ignore[no-untyped-call]
+    library.impl("fake_quantize", lambda x, *_: torch.empty_like(x), "Meta")  # type: ignore[no-untyped-call]
     return library
 
 

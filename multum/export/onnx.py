@@ -6,12 +6,12 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..errors import ExportError
 from ..graph import Graph
@@ -35,7 +35,7 @@ def to_onnx_bytes(graph: Graph) -> bytes:
     to_integer_weights(work)
     size = sum(tensor.nbytes for _, tensor in work.named_tensors())
     if size > _LARGEST:
-        raise ExportError(f"The model has {size / 2**30:.1f} GB of tensors.", "at most 2 GB, which one ONNX file holds", "compress it further")
+        raise ExportError(f"The model has {size / 2**30:.1f} GB of tensors.", "at most 2 GB, the most that an ONNX file holds")
     with _quiet():
         program = _translate(work, _input_names(graph.inputs), _names(graph.outputs, "output"))
     model = program.model_proto
@@ -45,6 +45,11 @@ def to_onnx_bytes(graph: Graph) -> bytes:
         model.metadata_props.add(key=key, value=value)
     content: bytes = model.SerializeToString()
     return content
+
+
+def batched(leaves: Sequence[Tensor]) -> list[bool]:
+    """Which inputs have the batch as their first dimension: those that share it with the first input."""
+    return [bool(leaf.ndim and leaves[0].ndim and leaf.shape[0] == leaves[0].shape[0]) for leaf in leaves]
 
 
 def _input_names(spec: Spec) -> list[str]:
@@ -77,8 +82,7 @@ def _paths(spec: Spec) -> Iterator[tuple[str, ...]]:
 
 def _translate(graph: Graph, inputs: list[str], outputs: list[str]) -> Any:
     leaves = tuple(graph._example_leaves())
-    batch = leaves[0].shape[0] if leaves[0].ndim else 0
-    dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.ndim and leaf.shape[0] == batch else None for leaf in leaves)
+    dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in batched(leaves))
     try:
         with torch.no_grad():
             exported = torch.export.export(fx.GraphModule(graph.tensors, graph.fx), leaves, dynamic_shapes=dynamic, strict=False)
