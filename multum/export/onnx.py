@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from ..errors import ExportError
 from ..graph import Graph
 from ..graph.spec import Spec
+from .finish import finish
 from .integers import kind, to_integer_weights
 
 OPSET = 21  # the first with 16-bit integers in QuantizeLinear
@@ -39,10 +40,8 @@ def to_onnx_bytes(graph: Graph) -> bytes:
     with _quiet():
         program = _translate(work, _input_names(graph.inputs), _names(graph.outputs, "output"))
     model = program.model_proto
-    _tidy(model)
-    properties = {"multum.io": json.dumps({"inputs": graph.inputs, "outputs": graph.outputs}), "multum.fingerprint": graph.fingerprint()}
-    for key, value in properties.items():
-        model.metadata_props.add(key=key, value=value)
+    io = {"inputs": graph.inputs, "outputs": graph.outputs}
+    finish(model, {"multum.io": json.dumps(io), "multum.fingerprint": graph.fingerprint()})
     content: bytes = model.SerializeToString()
     return content
 
@@ -125,21 +124,6 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.multum.dequantize.default: dequantize,
         torch.ops.multum.fake_quantize.default: fake_quantize,
     }
-
-
-def _tidy(model: Any) -> None:
-    """Leaves what a runtime needs: no traces of the exporter, shapes only of inputs and outputs, and one name for the batch."""
-    graph = model.graph
-    del graph.value_info[:], graph.metadata_props[:], model.metadata_props[:]
-    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
-        del part.metadata_props[:]
-        part.doc_string = ""
-    symbols = [port.type.tensor_type.shape.dim[0].dim_param for port in graph.input if port.type.tensor_type.shape.dim]
-    for symbol in filter(None, symbols):
-        for port in (*graph.input, *graph.output):
-            for dim in port.type.tensor_type.shape.dim:
-                if dim.dim_param:
-                    dim.dim_param = re.sub(rf"\b{symbol}\b", "batch", dim.dim_param)
 
 
 @contextmanager
