@@ -46,7 +46,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-TaskRef = Annotated[str, typer.Argument(metavar="TASK", help="path.py, path.py:function or package.module:function that gives a multum.Task")]
+Folder = Annotated[Path, typer.Argument(metavar="OUT", help="a folder that compress or run has written")]
+TaskRef = Annotated[str, typer.Argument(metavar="TASK", help="path.py, path.py:function or package.module:function")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="a .mip file")]
 Out = Annotated[Path, typer.Option("--out", help="the folder for the result")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout and nothing else there")]
@@ -74,7 +75,10 @@ def compress(
     out: Out = Path("out"),
     as_json: AsJson = False,
 ) -> None:
-    """Find the recipe that meets a target; write the model and the evidence. Exit code 1: the nearest was written, but it misses the target."""
+    """Find the recipe that meets a target; write the model and the evidence.
+
+    Exit code 1: the nearest that was found is written, but it misses the target.
+    """
     from .search import Target, search
     from .task import load_task
 
@@ -117,15 +121,17 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time a model against the original, in turns on the same threads."""
+    from .pack import load
     from .report import terminal
-    from .search.timing import full
+    from .search.times import full, inputs_of
 
     yardstick = original or model.with_name("original.onnx")
     if not yardstick.is_file():
         raise FileError(f"There is no {yardstick} to compare with.", "the original beside the model", "name it: --original original.onnx")
     with _working():
-        times = full(yardstick, model, None)
-    _show(times.to_data(), as_json, lambda: terminal.times(times.to_data()))
+        times = full(yardstick, model, inputs_of(load(model)))
+    data = times.to_data()
+    _show(data, as_json, lambda: terminal.times(data["rows"], data["verdict"]))
 
 
 @app.command(epilog="Example: `multum export out/model.mip --to onnx`")
@@ -149,7 +155,7 @@ def export(
 
 
 @app.command(epilog="Example: `multum report out/`")
-def report(out: Annotated[Path, typer.Argument(metavar="OUT", help="a folder that compress or run has written")], as_json: AsJson = False) -> None:
+def report(out: Folder, as_json: AsJson = False) -> None:
     """Write the HTML page of a result."""
     from .report import report as write_report
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import FileError
 from .layers import bars
 from .plot import tradeoff
-from .words import amount, duration, size, statistics, steps, tiles
+from .words import amount, duration, size, spread, statistics, steps, tiles
 
 VERSION = 1  # of result.json
 
@@ -30,7 +30,7 @@ def report(folder: str | Path) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"size": size, "amount": amount, "duration": duration}
+    environment.filters |= {"size": size, "amount": amount, "duration": duration, "spread": spread}
     try:
         page = environment.get_template("page.html").render(
             r=result,

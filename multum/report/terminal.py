@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .words import amount, duration, size, statistics, tiles
+from .words import amount, duration, size, spread, statistics, tiles
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,11 +49,11 @@ def times(rows: Iterable[Mapping[str, Any]], verdict: str) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    table = _table(">batch", ">threads", ">original", "engine", ">compressed", "engine", ">faster", ">spread")
+    table = _table(">batch", ">threads", ">original", "engine", ">compressed", "engine", ">faster", ">95 % bounds")
     for row in rows:
         before, after = duration(row["original"]), duration(row["compressed"])
-        ratio, spread = f"{row['ratio']:.2f}×", f"{row['low']:.2f}–{row['high']:.2f}×"
-        table.add_row(str(row["batch"]), str(row["threads"]), before, row["baseline"], after, row["engine"], ratio, spread)
+        ratio, bounds = f"{row['ratio']:.2f}x", spread(row)
+        table.add_row(str(row["batch"]), str(row["threads"]), before, row["baseline"], after, row["engine"], ratio, bounds)
     return Group(table, Text(verdict))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -21,7 +21,8 @@ def _scaled(count: float, units: tuple[str, ...]) -> str:
     index = 0
     while abs(count) >= 999.5 and index < len(units) - 1:
         count, index = count / 1000, index + 1
-    return f"{count:.{3 if abs(count) < 1 and index else 2 if abs(count) < 10 and index else 1 if abs(count) < 100 and index else 0}f} {units[index]}".strip()
+    digits = 3 if abs(count) < 1 else 2 if abs(count) < 10 else 1 if abs(count) < 100 else 0
+    return f"{count:.{digits if index else 0}f} {units[index]}".strip()
 
 
 def duration(ms: float) -> str:
@@ -29,7 +30,12 @@ def duration(ms: float) -> str:
     return f"{ms * 1000:.3g} µs" if ms < 0.1 else f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
 
 
-def tiles(result: dict[str, Any]) -> list[dict[str, Any]]:
+def spread(row: Mapping[str, Any], before: str = "") -> str:
+    """The bounds of a ratio; nothing when there were too few rounds for them."""
+    return "" if row["low"] is None or row["high"] is None else f"{before}{row['low']:.2f} to {row['high']:.2f}x"
+
+
+def tiles(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The three numbers: what each is, from what to what, what was asked, and whether that is met (None: not asked)."""
     target, before, after = result["target"], result["original"], result["compressed"]
     ratio, speed, drop = result["ratios"]["size"], result["ratios"]["speed"], result["drop"]
@@ -38,7 +44,7 @@ def tiles(result: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "key": "size",
             "title": "smaller",
-            "value": f"{ratio:.1f}×",
+            "value": f"{ratio:.1f}x",
             "change": f"{size(before['bytes'])} → {size(after['bytes'])}",
             "detail": "the file, against the original's fp32 safetensors",
             "asked": f"asked: {target['size']}" if "size" in target else None,
@@ -46,10 +52,10 @@ def tiles(result: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "key": "speed",
             "title": "faster" if speed["ratio"] >= 1 else "the speed",
-            "value": f"{speed['ratio']:.2f}×",
+            "value": f"{speed['ratio']:.2f}x",
             "change": f"{duration(before['latency']['median'])} → {duration(after['latency']['median'])}",
-            "detail": f"one sample, in turns with {speed['baseline']}; spread {speed['low']:.2f}–{speed['high']:.2f}×",
-            "asked": f"asked: {target['speed']:g}×" if "speed" in target else None,
+            "detail": f"one sample, in turns with the original on {speed['baseline']}{spread(speed, '; 95 % within ')}",
+            "asked": f"asked: {target['speed']:g}x" if "speed" in target else None,
         },
     ]
     if drop is not None:
@@ -67,20 +73,23 @@ def tiles(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [row | {"met": None if row["asked"] is None else row["key"] not in missed} for row in rows]
 
 
-def statistics(result: dict[str, Any]) -> str:
+def statistics(result: Mapping[str, Any]) -> str:
     """What the drop means, in one sentence."""
     drop = result["drop"]
     if drop is None:
         return "The task has no validation or test data, so nothing was scored."
-    where = f"{drop['n']:,} samples of the {drop['part']} data".replace(",", " ")
-    if drop["bound"] is None:
-        return f"The score is one number for all of the {drop['part']} data, so its drop of {drop['points']:.2f} points has no confidence bound."
-    lost = f"lost {drop['points']:.2f}" if drop["points"] >= 0 else f"gained {-drop['points']:.2f}"
-    pairs = f"; original and compressed differ on {drop['discordant']} of them (p = {drop['p']:.2g})" if drop["discordant"] is not None else ""
-    return f"On {where} the compressed file {lost} points; with 95 % confidence the loss is at most {drop['bound']:.2f}{pairs}."
+    part, points, bound = drop["part"], drop["points"], drop["bound"]
+    if bound is None:
+        return f"The score is one number for all of the {part} data, so its drop of {points:.2f} points has no confidence bound."
+    where = f"{drop['n']:,} samples of the {part} data".replace(",", " ")
+    lost = f"lost {points:.2f}" if points >= 0 else f"gained {-points:.2f}"
+    pairs = ""
+    if drop["discordant"] is not None:
+        pairs = f"; original and compressed score differently on {drop['discordant']} of them (p = {drop['p']:.2g})"
+    return f"On {where} the compressed file {lost} points; with 95 % confidence the loss is at most {bound:.2f}{pairs}."
 
 
-def steps(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def steps(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What each step did, with the layers it left alone grouped by the reason."""
     rows = []
     for record in records:

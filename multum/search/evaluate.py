@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import FileError, StepError, TaskError
 from ..export import export
@@ -21,10 +23,11 @@ from ..pack import load, save
 from ..runtime import Session
 from ..step import Recipe, compress
 from ..task import Task, tensors
-from .timing import speed
+from .times import quick
 
 Tell = Callable[[str], None]
 Scores = NDArray[np.float64] | float
+_HELD = 2  # batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +86,11 @@ class Workshop:
         with writing(folder):
             folder.mkdir(exist_ok=True)
             size = _save_weights(self.task, folder / "original.safetensors")
-        export(self.task.original, folder / "model.onnx")
+        export(self.task.original, folder / "model.onnx", inputs=self._held())
         made = Candidate("original", nothing, folder, size, 0.0)
-        made = replace(made, scores=self._scores(made), speed=1.0)
-        made = replace(made, latency=speed(made.onnx, made.onnx, self.task.example)[0], seconds=time.perf_counter() - start)
-        return _keep(made)
+        time_ = quick(made.onnx, made.onnx, self.task.example).original.median
+        scores = self._scores(made)
+        return _keep(replace(made, scores=scores, latency=time_, speed=1.0, seconds=time.perf_counter() - start))
 
     def build(self, name: str, recipe: Recipe) -> Candidate:
         """The candidate's file, so that its size is known; not measured yet."""
@@ -109,18 +112,24 @@ class Workshop:
         if candidate.latency is not None:
             return candidate
         start = time.perf_counter()
-        export(self.graph(candidate), candidate.onnx)
+        export(self.graph(candidate), candidate.onnx, inputs=self._held())
         try:
             scores = self._scores(candidate)
         except TaskError as error:  # the data passed with the original
             raise StepError(f"{candidate.name}: {error.given}", "outputs that can be scored") from error
-        latency, ratio = speed(original.onnx, candidate.onnx, self.task.example)
+        pair = quick(original.onnx, candidate.onnx, self.task.example)
         seconds = candidate.seconds + time.perf_counter() - start
-        return _keep(replace(candidate, scores=scores, latency=latency, speed=ratio, seconds=seconds))
+        return _keep(replace(candidate, scores=scores, latency=pair.candidate.median, speed=pair.ratio, seconds=seconds))
 
     def graph(self, candidate: Candidate) -> Graph:
         """What the candidate's file holds."""
         return load(candidate.model)
+
+    def _held(self) -> list[Any] | None:
+        """Some batches of inputs on which an exported file is compared with its graph; None without validation data."""
+        if self.task.validation is None:
+            return None
+        return [inputs for inputs, _ in islice(self.task.data("validation"), _HELD)]
 
     def _scores(self, candidate: Candidate) -> Scores | None:
         if self.task.validation is None:
@@ -161,7 +170,7 @@ def _save_weights(task: Task, path: Path) -> int:
     """The model's tensors as they came, each stored once, in the usual format; its size in bytes."""
     from safetensors.torch import save_file
 
-    kept = {}
+    kept: dict[Any, tuple[str, Tensor]] = {}
     for name, tensor in task.model.state_dict().items():
         kept.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), (name, tensor.detach().cpu().contiguous().clone()))
     save_file(dict(kept.values()), path)

@@ -20,10 +20,10 @@ from ..analyze.statistics import Drop
 from ..graph import Graph
 from ..pack import load, sizes
 from ..runtime import Session
+from ..runtime.benchmark import Timing
 from .evaluate import Candidate, Scores, Workshop, writing
 from .judge import Judge
-from .machine import machine
-from .timing import Times, full
+from .times import full
 
 VERSION = 1  # of result.json, see docs/result.md
 FILES = {
@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def met(self) -> bool:
-        return bool(self.data["met"])
+        return self.data["met"] is True
 
     @property
     def binding(self) -> str | None:
@@ -81,7 +81,8 @@ def finish(
     part, before, after = _scored(judge, chosen)
     drop = judge.drop(before, after)
     times = full(original.onnx, chosen.onnx, task.example)
-    misses = judge.misses(chosen.bytes, times.ratio, drop and drop.points)
+    pair = times.pairs[0]
+    misses = judge.misses(chosen.bytes, pair.ratio, drop.points if drop else None)
     profiles = analyze(task), analyze(workshop.graph(chosen))
     data = {
         "result": VERSION,
@@ -96,18 +97,18 @@ def finish(
         "limit": judge.target.limit(original.bytes),
         "higher_is_better": task.higher_is_better,
         "steered_by": "validation" if task.validation is not None else None,
-        "original": _side(original, before, profiles[0], times.original) | {"fingerprint": task.original.fingerprint()},
-        "compressed": _side(chosen, after, profiles[1], times.compressed),
-        "ratios": {"size": original.bytes / chosen.bytes, "speed": times.speed()},
+        "original": _side(original, before, profiles[0], pair.original) | {"fingerprint": task.original.fingerprint()},
+        "compressed": _side(chosen, after, profiles[1], pair.candidate),
+        "ratios": {"size": original.bytes / chosen.bytes, "speed": pair.headline},
         "drop": _drop(drop, part),
-        "verdict": times.verdict,
-        "bench": times.rows,
+        "verdict": pair.reason,
+        "bench": [row.to_data() for row in times.pairs],
         "recipe": chosen.recipe.to_data(),
         "records": chosen.records,
         "layers": _layers(profiles, sizes(chosen.model)),
         "candidates": len(candidates),
         "files": FILES | {"report": "report.html"},
-        "machine": machine(),
+        "machine": times.measured.machine,
     }
     reference = original.to_data()
     texts = {
@@ -128,13 +129,14 @@ def _scored(judge: Judge, chosen: Candidate) -> tuple[str | None, Scores | None,
     return "test", before, after
 
 
-def _side(candidate: Candidate, scores: Scores | None, profile: Analysis, time: Times) -> dict[str, Any]:
+def _side(candidate: Candidate, scores: Scores | None, profile: Analysis, timing: Timing) -> dict[str, Any]:
     return {
         "bytes": candidate.bytes,
         "parameters": profile.parameters,
         "macs": profile.macs,
         "score": None if scores is None else float(np.mean(scores)),
-        "latency": asdict(time),
+        "latency": {"median": timing.median, "low": min(timing.rounds), "high": max(timing.rounds)},
+        "memory": timing.memory,
     }
 
 

@@ -41,7 +41,7 @@ class Judge:
     def missed(self, candidate: Candidate) -> dict[str, float]:
         """The same for a measured candidate, on the validation data."""
         drop = self.drop(self.original.scores, candidate.scores)
-        return self.misses(candidate.bytes, candidate.speed, drop and drop.points)
+        return self.misses(candidate.bytes, candidate.speed, drop.points if drop else None)
 
     def safe(self, candidate: Candidate) -> bool:
         """Whether the drop is within what is allowed with 95 % confidence, so that recovery would be wasted time."""

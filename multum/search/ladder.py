@@ -67,7 +67,7 @@ def ladder(task: Task) -> list[Rung]:
 def _rung(task: Task, share: float, bits: int, integer: bool) -> Rung:
     parts = [f"{share:.0%} of the channels removed"] if share else []
     parts += [f"{bits}-bit weights", "int8 activations" if integer else "float activations"]
-    return Rung(", ".join(parts), Recipe(_steps(task, share, bits, integer)))
+    return Rung(", ".join(parts), Recipe(list(_steps(task, share, bits, integer))))
 
 
 def _steps(task: Task, share: float, bits: int, integer: bool) -> Iterator[Step]:
@@ -75,7 +75,7 @@ def _steps(task: Task, share: float, bits: int, integer: bool) -> Iterator[Step]
         yield Channels(ratio=share)
         if task.train is not None:
             yield Logits()
-    yield Static(bits=bits) if integer else WeightOnly(bits=bits)
+    yield Static(weight_bits=bits) if integer else WeightOnly(bits=bits)
     if task.train is not None and (share or bits < 8):
         yield Logits()
 

@@ -71,7 +71,9 @@ def _size(given: str | float) -> tuple[float | None, int]:
     else:
         share = _share(text)
     if not 0 < share <= 1:
-        raise TargetError(f"The size {text!r} is not smaller than the original.", _EXPECTED_SIZE, "write '1/10' for a tenth of the original")
+        raise TargetError(
+            f"The size {text!r} is not smaller than the original.", _EXPECTED_SIZE, "write '1/10' for a tenth of the original"
+        )
     return share, 0
 
 
