@@ -1,0 +1,161 @@
+"""Structured pruning: channels, neurons and heads are cut out of the graph for good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import StepError, near
+from ..graph import Graph, select, surgery
+from ..graph.axes import Group, Groups, Keep, axes
+from ..step import Plan, Stage, Step, option
+from ..task import Task
+from . import counts
+from .scores import CRITERIA
+
+KINDS = ("conv", "linear", "embedding", "rnn")
+_ALLOCATIONS = ("uniform", "global")
+_HALVINGS = 24  # of the interval in which the share to cut is sought
+
+
+@dataclass(frozen=True)
+class Channels(Step):
+    """Cuts the channels with the lowest scores out of every layer they run through.
+
+    Everything that must go together goes together: residual sums, concatenations, depthwise and grouped convolutions,
+    heads of attention. Where a dimension is a product, such as heads and their width, only one of its factors is cut:
+    the first that can be.
+    """
+
+    stage: ClassVar[Stage | None] = Stage.STRUCTURE
+
+    ratio: float = option(0.5, "share of the channels that is cut")
+    criterion: str = option("magnitude", f"what a channel is judged by: {', '.join(CRITERIA)}")
+    allocation: str = option("uniform", "uniform: the same share everywhere; global: the lowest scores of the whole network")
+    multiple: int = option(8, "widths that are left are multiples of this; smaller layers, of a half, a quarter ... of it")
+    floor: float = option(0.1, "least share of each group that is kept")
+    include: str | tuple[str, ...] = option("*", "layers that may be cut, as glob patterns")
+    exclude: str | tuple[str, ...] = option((), "layers that may not")
+    parameters: float | None = option(None, "share of the parameters to keep; takes the place of ratio")
+    macs: float | None = option(None, "share of the multiply-accumulates to keep; takes the place of ratio")
+
+    def plan(self, graph: Graph, task: Task) -> Plan:
+        self._check()
+        groups = axes(graph)
+        barred = self._barred(graph, groups)
+        chosen = [group for group in groups if group.name not in barred]
+        scores = {group.name: CRITERIA[self.criterion](graph, groups, group) for group in chosen}
+
+        def keep(ratio: float) -> dict[str, list[int]]:
+            return _keep(groups, chosen, scores, self._widths(chosen, scores, groups, ratio))
+
+        kept = keep(self._ratio(graph, groups, keep))
+        changes = {name: {"keep": indices, "of": groups[name].size} for name, indices in kept.items()}
+        return Plan(changes, _skipped(graph, groups, kept, barred))
+
+    def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
+        surgery.cut(graph, {name: change["keep"] for name, change in plan.changes.items()})
+        return {}
+
+    def _check(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise StepError(f"There is no criterion {self.criterion!r}.", f"one of the criteria, such as {near(self.criterion, CRITERIA)}")
+        if self.allocation not in _ALLOCATIONS:
+            raise StepError(f"The allocation is {self.allocation!r}.", " or ".join(_ALLOCATIONS))
+        if not 0 < self.ratio < 1:
+            raise StepError(f"The share of channels to cut is {self.ratio}.", "a ratio between 0 and 1, such as 0.5")
+        if self.multiple < 1:
+            raise StepError(f"Widths cannot be multiples of {self.multiple}.", "a multiple of at least 1, such as 8")
+        if not 0 <= self.floor < 1:
+            raise StepError(f"The least share that is kept is {self.floor}.", "a floor from 0 to below 1, such as 0.1")
+        for name in ("parameters", "macs"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share < 1:
+                raise StepError(f"The share of {name} to keep is {share}.", f"{name} between 0 and 1, such as 0.3")
+
+    def _barred(self, graph: Graph, groups: Groups) -> dict[str, str]:
+        """The groups that are left alone, with the reason."""
+        known = {layer.name for layer in select(graph, kinds=KINDS)}
+        wanted = {layer.name for layer in select(graph, self.include, self.exclude, KINDS)}
+        barred: dict[str, str] = {}
+        for group in groups:
+            own = set(group.producers) & known
+            if group.reason or group.size == 1:
+                barred[group.name] = group.reason or "it is the only channel"
+            elif not own & wanted:
+                barred[group.name] = "left out by include or exclude" if own else "no layer makes it"
+            elif excluded := sorted(own - wanted) if self.exclude else []:
+                barred[group.name] = f"it goes together with {excluded[0]}, which is left out"
+        return barred
+
+    def _widths(self, chosen: list[Group], scores: dict[str, Tensor], groups: Groups, ratio: float) -> dict[str, int]:
+        """How many channels each group should keep."""
+        if self.allocation == "uniform":
+            wanted = {group.name: group.size * (1 - ratio) for group in chosen}
+        else:
+            pooled = torch.cat([scores[group.name].cpu() for group in chosen]).sort().values if chosen else torch.zeros(1)
+            threshold = pooled[min(int(ratio * len(pooled)), len(pooled) - 1)]
+            wanted = {group.name: float((scores[group.name].cpu() >= threshold).sum()) for group in chosen}
+        return {group.name: self._round(group, wanted[group.name], groups) for group in chosen}
+
+    def _round(self, group: Group, wanted: float, groups: Groups) -> int:
+        """The width nearest to `wanted` that is a multiple of the step, the lower of two; the step is at most a quarter of the group."""
+        step = self.multiple // math.gcd(self.multiple, groups.cofactor(group))
+        while step > 1 and group.size < 4 * step:
+            step = math.ceil(step / 2)
+        least = max(1, math.ceil(group.size * self.floor))
+        width = max(step, step * math.ceil(wanted / step - 0.5))
+        while width < least:
+            width += step
+        return min(width, group.size)
+
+    def _ratio(self, graph: Graph, groups: Groups, keep: Callable[[float], Keep]) -> float:
+        """The least share to cut with which as few parameters and multiply-accumulates are left as asked for."""
+        goals = [(share, count) for share, count in ((self.parameters, counts.parameters), (self.macs, counts.macs)) if share is not None]
+        if not goals:
+            return self.ratio
+        low, high = 0.0, 1.0
+
+        def left(ratio: float) -> list[float]:
+            return [count(graph, groups, keep(ratio)) / count(graph, groups, {}) for _, count in goals]
+
+        if any(value > share for value, (share, _) in zip(left(high), goals, strict=True)):
+            least = " and ".join(f"{value:.3f} of the {count.__name__}" for value, (_, count) in zip(left(high), goals, strict=True))
+            raise StepError(
+                f"{self} is out of reach: when everything that may go is cut, {least} are left.",
+                "shares to keep above that",
+                "ask for less, lower floor, or let other methods do the rest",
+            )
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            enough = all(value <= share for value, (share, _) in zip(left(middle), goals, strict=True))
+            low, high = (low, middle) if enough else (middle, high)
+        return high
+
+
+def _keep(groups: Groups, chosen: list[Group], scores: dict[str, Tensor], widths: dict[str, int]) -> dict[str, list[int]]:
+    """The channels with the highest scores, in order, of each group that gets narrower; of factors of one product only the first is cut."""
+    keep: dict[str, list[int]] = {}
+    for group in chosen:
+        if widths[group.name] < group.size and not any(other.name in keep for other in groups.factors(group)):
+            best = scores[group.name].sort(descending=True, stable=True).indices[: widths[group.name]]
+            keep[group.name] = sorted(best.tolist())
+    return keep
+
+
+def _skipped(graph: Graph, groups: Groups, keep: Keep, barred: dict[str, str]) -> dict[str, str]:
+    """Why the outputs of a layer are not cut, for each layer of which none are."""
+    skipped = {}
+    for layer in select(graph, kinds=KINDS):
+        outputs = groups.outputs(layer.name)
+        if any(group.name in keep for group in outputs):
+            continue
+        reasons = [barred.get(group.name, "too few channels to cut") for group in outputs]
+        skipped[layer.name] = reasons[0] if reasons else "it has one output"
+    return skipped
