@@ -43,7 +43,7 @@ class OnnxRuntime:
     Its threads wait busily for about 50 ms after a call: fastest for a lone session, a drag on every other one. ``spin=False`` ends it.
     """
 
-    def __init__(self, model: str | bytes, threads: int, spin: bool = True):
+    def __init__(self, model: str | bytes, threads: int, spin: bool, pin: bool):
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -51,7 +51,13 @@ class OnnxRuntime:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+        processors = sorted(os.sched_getaffinity(0)) if pin else []
+        if pin:  # they are counted from 1, and the calling thread is the first
+            others = (str(number + 1) for number in processors[1:threads])
+            options.add_session_config_entry("session.intra_op_thread_affinities", ";".join(others))
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        if pin:
+            os.sched_setaffinity(0, {processors[0]})
         self.inputs = tuple(_onnxruntime_port(one.name, one.type, one.shape) for one in self._session.get_inputs())
         self.outputs = len([_onnxruntime_port(one.name, one.type, one.shape) for one in self._session.get_outputs()])
         self.io = self._session.get_modelmeta().custom_metadata_map.get(IO_KEY, "")
@@ -64,12 +70,17 @@ class OnnxRuntime:
 class OpenVino:
     """OpenVINO on the CPU, in float32: its own default, bfloat16, is slower on processors without matrix units and less exact."""
 
-    def __init__(self, model: str | bytes, threads: int, spin: bool = True):
+    def __init__(self, model: str | bytes, threads: int, spin: bool, pin: bool):
         import openvino as ov
 
         core = ov.Core()
         read = core.read_model(model=model)
-        config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        config = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": pin,
+        }
         self._model = core.compile_model(read, "CPU", config)
         self._requests = threading.local()  # a request serves one call at a time
         self.inputs = tuple(_openvino_port(port) for port in self._model.inputs)
@@ -83,7 +94,7 @@ class OpenVino:
         return list(self._requests.own.infer(list(arrays), share_inputs=True).to_tuple())
 
 
-ENGINES: dict[str, Callable[[str | bytes, int, bool], Engine]] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
+ENGINES: dict[str, Callable[[str | bytes, int, bool, bool], Engine]] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
 
 
 def installed() -> list[str]:
@@ -91,9 +102,11 @@ def installed() -> list[str]:
     return [name for name in ENGINES if importlib.util.find_spec(name)]
 
 
-def open_engine(name: str, model: str | bytes, threads: int, spin: bool = True) -> Engine:
+def open_engine(name: str, model: str | bytes, threads: int, spin: bool = True, pin: bool = False) -> Engine:
     """The engine ``name`` with the model, a path or the content of an ONNX file, loaded. ``threads`` 0: all.
 
+    ``pin`` ties each thread to a processor of its own, the calling thread to the first: a busy system otherwise may keep two threads of
+    ONNX Runtime on one processor for as long as the process lives. OpenVINO always ties its threads itself.
     Raises ``MissingExtra`` for an engine that is not installed, ``FileError`` for a model that it cannot load.
     """
     if name not in ENGINES:
@@ -103,7 +116,7 @@ def open_engine(name: str, model: str | bytes, threads: int, spin: bool = True) 
     if not 0 <= threads <= cpus():
         raise MultumError(f"{threads} threads are asked for.", f"0 (all) to {cpus()}, what this machine has", "use threads=0")
     try:
-        return ENGINES[name](model, threads or cpus(), spin)
+        return ENGINES[name](model, threads or cpus(), spin, pin)
     except MultumError:
         raise
     except Exception as error:  # both raise their own kinds of RuntimeError and Exception

@@ -1,9 +1,11 @@
-"""Timing one callable, so that a model of 0.1 ms is as steady as one of 50 ms."""
+"""Timing a callable, so that a model of 0.1 ms is as steady as one of 50 ms."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import perf_counter
 
 _SAMPLE = 0.002  # seconds; below this the clock and the scheduler show
@@ -37,3 +39,23 @@ def turn(call: Callable[[], object], seconds: float) -> float:
     if seconds < _COLD:
         sample(call, min(repeats(seconds), 5))
     return sample(call, repeats(seconds))
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put this process's session before others, where the system allows it.
+
+    Linux gives every session the same share of the processors (sched_autogroup), whatever the niceness of its processes: next to a busy
+    session, times read 2 to 10 times too long.
+    """
+    group = Path("/proc/self/autogroup")
+    before = ""
+    with contextlib.suppress(OSError):
+        before = group.read_text().split()[-1]
+        group.write_text("-20")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if before:
+                group.write_text(before)
