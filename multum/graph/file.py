@@ -185,9 +185,10 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Graph:
     result = Graph(operators, graph.tensors, data["inputs"], data["outputs"])
     result.pinned = frozenset(nodes[position].name for position in data["pinned"])
     for node in operators.nodes:
-        if node.op == "get_attr":
-            node.meta["val"] = torch.empty_like(result.tensor(node.target), device="meta")
+        if node.op == "get_attr" and node.target not in tensors:
+            raise ValueError(f"there is no tensor {node.target!r}")
     result.eval()
+    result.refresh()
     return result
 
 
