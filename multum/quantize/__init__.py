@@ -1,0 +1,7 @@
+"""Quantization: numbers on coarse grids, so that files are small and integer kernels run."""
+
+from .half import Half
+from .static import Static
+from .weight_only import WeightOnly
+
+__all__ = ["Half", "Static", "WeightOnly"]

@@ -1,0 +1,153 @@
+"""Ranges of activations, measured on calibration data in memory that does not grow with the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ..errors import StepError, TaskError
+from ..graph import Graph, spec
+from ..graph.capture import arguments
+from ..task import Task, tensors
+from .grid import Grid, affine
+
+_HALF = 4096  # bins on each side of zero
+_KEPT = 0.9999  # share of the values that the percentile range holds
+_SHRINKS = np.linspace(1.0, 0.1, 91)  # parts of the full range that the MSE range tries
+
+
+class Histogram:
+    """Counts of values in bins of equal width, anchored at zero; the width is a power of two and doubles when a value lies outside.
+
+    The result does not depend on the order or the size of the batches.
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(2 * _HALF, dtype=torch.float64)
+        self.width = 0.0
+        self.low, self.high = float("inf"), float("-inf")
+
+    def update(self, x: Tensor) -> None:
+        """Counts the values of x. Raises ValueError when some are NaN or infinite."""
+        if not x.numel():
+            return
+        low, high = (float(value) for value in torch.aminmax(x.detach()))
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise ValueError("NaN or infinite values")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        reach = max(abs(low), abs(high))
+        if reach and not self.width:
+            self.width = 2.0 ** np.floor(np.log2(reach / _HALF))
+        while reach >= _HALF * self.width > 0:
+            self._double()
+        edge = _HALF * self.width or 1.0
+        self.counts += torch.histc(x.detach().float().cpu(), 2 * _HALF, -edge, edge).double()
+
+    def _double(self) -> None:
+        merged = torch.zeros_like(self.counts)
+        merged[_HALF // 2 : _HALF // 2 + _HALF] = self.counts.reshape(-1, 2).sum(1)
+        self.counts, self.width = merged, 2 * self.width
+
+    def bins(self) -> tuple[np.ndarray, np.ndarray]:
+        """Centres and counts of the bins that are not empty."""
+        counts = self.counts.numpy()
+        filled = np.flatnonzero(counts)
+        centres = (filled - _HALF + 0.5) * self.width
+        return np.clip(centres, self.low, self.high), counts[filled]
+
+
+def minmax(histogram: Histogram, grid: Grid) -> tuple[float, float]:
+    """All that was seen."""
+    return histogram.low, histogram.high
+
+
+def percentile(histogram: Histogram, grid: Grid) -> tuple[float, float]:
+    """All but the outermost 0.01 % of the values, half of them on each side."""
+    centres, counts = histogram.bins()
+    share = np.cumsum(counts) / counts.sum()
+    ends = np.searchsorted(share, [(1 - _KEPT) / 2, (1 + _KEPT) / 2])
+    low, high = centres[ends.clip(max=len(centres) - 1)]
+    return float(low), float(high)
+
+
+def mse(histogram: Histogram, grid: Grid) -> tuple[float, float]:
+    """The range with the least squared error of rounding and clipping together: first the one end is shrunk, then the other."""
+    centres, counts = histogram.bins()
+
+    def error(low: float, high: float) -> float:
+        scale, zero = affine(low, high, grid)
+        rounded = scale * (np.clip(np.rint(centres / scale) + zero, grid.low, grid.high) - zero)
+        return float(counts @ (rounded - centres) ** 2)
+
+    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    high = min((high * part for part in _SHRINKS), key=lambda end: error(low, end)) if high else high
+    low = min((low * part for part in _SHRINKS), key=lambda end: error(end, high)) if low else low
+    return float(low), float(high)
+
+
+OBSERVERS: dict[str, Callable[[Histogram, Grid], tuple[float, float]]] = {"minmax": minmax, "percentile": percentile, "mse": mse}
+
+
+class Watch(fx.Interpreter):
+    """Runs the graph and shows the results of some nodes to a function; every result is freed after its last use."""
+
+    def __init__(self, graph: Graph, nodes: Iterable[fx.Node], see: Callable[[fx.Node, Any], Any]):
+        super().__init__(graph.tensors, garbage_collect_values=True, graph=graph.fx)
+        self.inputs, self.nodes, self.see = graph.inputs, frozenset(nodes), see
+
+    def __call__(self, inputs: Any) -> None:
+        """Runs one batch. What `see` returns, unless it is None, takes the place of the result."""
+        self.run(*spec.flatten(arguments(inputs), self.inputs))
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.nodes:
+            changed = self.see(n, result)
+            return result if changed is None else changed
+        return result
+
+
+def calibration(task: Task, samples: int) -> Iterator[Any]:
+    """The inputs of the first calibration batches, up to `samples` samples; a shuffling loader gives the same ones each time."""
+    seen = 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(task.seed)
+        for inputs, _ in task.data("calibration"):
+            yield inputs
+            seen += next((len(leaf) for leaf in tensors(inputs) if leaf.ndim), 1)
+            if seen >= samples:
+                return
+
+
+def observe(graph: Graph, nodes: Iterable[fx.Node], task: Task, samples: int) -> dict[fx.Node, Histogram]:
+    """A histogram of the values of each node on the calibration data, the graph in eval mode.
+
+    Raises StepError when a value is NaN or infinite, TaskError when the data hold no sample or nothing but one number.
+    """
+    histograms = {node: Histogram() for node in nodes}
+    entries = {node: Histogram() for node in graph.fx.nodes if node.op == "placeholder"}
+
+    def see(node: fx.Node, value: Any) -> None:
+        for histogram in (found[node] for found in (histograms, entries) if node in found):
+            try:
+                histogram.update(value)
+            except ValueError:
+                where = node.meta.get("module") or node.name
+                raise StepError(
+                    f"The values of {node.name} in {where!r} are NaN or infinite on the calibration data.",
+                    "a network that computes finite numbers",
+                    "check the network in float on these data first",
+                ) from None
+
+    graph.eval()
+    watch = Watch(graph, {*histograms, *entries}, see)
+    with torch.inference_mode():
+        for inputs in calibration(task, samples):
+            watch(inputs)
+    if all(histogram.low >= histogram.high for histogram in entries.values()):
+        raise TaskError("The calibration data are empty or hold nothing but one number.", "samples like those that the network will meet")
+    return histograms
