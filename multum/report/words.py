@@ -21,7 +21,7 @@ def _scaled(count: float, units: tuple[str, ...]) -> str:
     index = 0
     while abs(count) >= 999.5 and index < len(units) - 1:
         count, index = count / 1000, index + 1
-    digits = 3 if abs(count) < 1 else 2 if abs(count) < 10 else 1 if abs(count) < 100 else 0
+    digits = 2 if abs(count) < 9.995 else 1 if abs(count) < 99.95 else 0
     return f"{count:.{digits if index else 0}f} {units[index]}".strip()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import __version__
 from ..errors import FileError, StepError, TaskError
 from ..export import export
 from ..graph import Graph
@@ -101,7 +102,7 @@ class Workshop:
         start = time.perf_counter()
         trains = any(step.stage is None for step in recipe.flat())
         with writing(folder):
-            result = compress(self.task, recipe, workdir=self.steps if trains else None, tell=self.tell)
+            result = compress(self.task, recipe, workdir=self.steps, tell=self.tell) if trains else compress(self.task, recipe)
             folder.mkdir(exist_ok=True)
             size = save(result, folder / "model.mip", self.task)
         records = [record.to_data() for record in result.records]
@@ -158,8 +159,8 @@ def write(path: Path, text: str) -> None:
 
 
 def _identity(task: Task) -> str:
-    """A hash of the model, the seed and the first validation batch: candidates of another task are not mixed up."""
-    digest = hashlib.sha256(f"{task.original.fingerprint()} {task.seed}".encode())
+    """A hash of version, model, seed and the first validation batch: candidates of another task are not mixed up."""
+    digest = hashlib.sha256(f"{__version__} {task.original.fingerprint()} {task.seed}".encode())
     if task.validation is not None:
         for tensor in tensors(next(iter(task.data("validation")))):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
