@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ..errors import GraphError
 from . import spec
@@ -194,7 +194,8 @@ class _Shapes(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.op != "output":
-            n.meta["val"] = _meta(result)
+            with unset_fake_temporarily():
+                n.meta["val"] = _meta(result)
         return result
 
 
