@@ -55,16 +55,17 @@ def from_data(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Graph:
     """The graph that `to_data` described. Raises FileError for anything that is not such a description."""
     try:
         graph = _build(data, tensors)
+        for name in data.get("integers", ()):
+            quantizers = quantized_weights(graph).get(name)
+            if quantizers is None:
+                raise FileError(f"The tensor {name!r} is said to hold integers but is not quantized.", "a graph written by multum")
+            graph.set_tensor(name, from_integers(graph.tensor(name), graph, quantizers), parameter=True)
+        graph.refresh()
     except FileError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, GraphError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"[:300]
         raise FileError(f"The description of the graph is damaged ({reason}).", "a graph written by multum") from error
-    for name in data.get("integers", ()):
-        quantizers = quantized_weights(graph).get(name)
-        if quantizers is None:
-            raise FileError(f"The tensor {name!r} is said to hold integers but is not quantized.", "a graph written by multum")
-        graph.set_tensor(name, from_integers(graph.tensor(name), graph, quantizers), parameter=True)
     return graph
 
 
@@ -187,9 +188,7 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Graph:
     for node in operators.nodes:
         if node.op == "get_attr" and node.target not in tensors:
             raise ValueError(f"there is no tensor {node.target!r}")
-    result.eval()
-    result.refresh()
-    return result
+    return result.eval()
 
 
 def _node(operators: fx.Graph, nodes: list[fx.Node], row: list[Any]) -> fx.Node:

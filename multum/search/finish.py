@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def interrupted(self) -> bool:
-        return self.data["stopped"] == "interrupted"
+        return bool(self.data["stopped"] == "interrupted")
 
     @property
     def model(self) -> Path:

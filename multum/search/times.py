@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 
 from ..errors import ExportError, MultumError
 from ..graph import Graph
-from ..runtime import Bench, Session, bench, best, verdict
-from ..runtime.benchmark import Timing, batch_size
+from ..runtime.benchmark import Bench, Timing, batch_size, bench, best, verdict
 from ..runtime.engines import installed
+from ..runtime.session import Session
 from ..task import tensors
 
 LARGE = 32  # samples of the large batch, where the task's own is smaller
+_QUICK: Mapping[str, Any] = {"rounds": 15, "seconds": 5.0}
+_FULL: Mapping[str, Any] = {"rounds": 30, "seconds": 40.0}
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,23 @@ class Times:
         return {"rows": rows, "verdict": self.pairs[0].reason, **self.measured.to_dict()}
 
 
+def alone(model: Path, inputs: Any) -> float:
+    """Milliseconds for one sample on the fastest engine, with all threads."""
+    sessions = _sessions("original", model)
+    measured = bench(sessions, inputs, batches=(1,), threads=(0,), **_QUICK)
+    found = measured.timing(best(measured, sessions))
+    assert found is not None
+    return found.median
+
+
 def quick(original: Path, candidate: Path, inputs: Any) -> Pair:
     """One sample on all threads, in a few seconds."""
-    return _compare(original, candidate, inputs, batches=(1,), threads=(0,), rounds=15, seconds=5.0).pairs[0]
+    return _compare(original, candidate, inputs, (1,), (0,), _QUICK).pairs[0]
 
 
 def full(original: Path, candidate: Path, inputs: Any) -> Times:
     """One sample and a large batch, on one and on all threads."""
-    return _compare(original, candidate, inputs, batches=(1, max(LARGE, batch_size(inputs))), threads=(1, 0), rounds=30, seconds=40.0)
+    return _compare(original, candidate, inputs, (1, max(LARGE, batch_size(inputs))), (1, 0), _FULL)
 
 
 def inputs_of(graph: Graph) -> Any:
@@ -79,9 +91,11 @@ def inputs_of(graph: Graph) -> Any:
     return kwargs or args
 
 
-def _compare(original: Path, candidate: Path, inputs: Any, **options: Any) -> Times:
+def _compare(
+    original: Path, candidate: Path, inputs: Any, batches: tuple[int, ...], threads: tuple[int, ...], effort: Mapping[str, Any]
+) -> Times:
     originals, candidates = _sessions("original", original), _sessions("compressed", candidate)
-    measured = bench(originals | candidates, inputs, **options)
+    measured = bench(originals | candidates, inputs, batches=batches, threads=threads, **effort)
     ran = [{(one.batch, one.threads) for one in measured.timings if one.candidate in names} for names in (originals, candidates)]
     pairs = tuple(
         _pair(measured, best(measured, originals, *setting), best(measured, candidates, *setting), setting)
