@@ -5,9 +5,9 @@ without root, or from the data set's public address; they are kept in ``$MULTUM_
 """
 
 import gzip
-import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from debian import cache, unpacked
 
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
@@ -29,8 +32,8 @@ def directory() -> Path:
 
     Raises FileNotFoundError, with what was tried, when no source can be reached.
     """
-    cache = Path(os.environ.get("MULTUM_DATA", Path.home() / ".cache" / "multum")) / "fashion-mnist"
-    for place in (INSTALLED, cache):
+    kept = cache() / "fashion-mnist"
+    for place in (INSTALLED, kept):
         if all((place / name).is_file() for name in FILES):
             return place
     tried = [f"{INSTALLED}: not there"]
@@ -41,13 +44,13 @@ def directory() -> Path:
             except (OSError, subprocess.SubprocessError) as error:
                 tried.append(f"{fetch.__name__[1:].replace('_', ' ')}: {error}")
                 continue
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(dir=cache.parent))
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(dir=kept.parent))
             for name in FILES:
                 shutil.copy(found / name, partial / name)
-            shutil.rmtree(cache, ignore_errors=True)
-            partial.rename(cache)
-            return cache
+            shutil.rmtree(kept, ignore_errors=True)
+            partial.rename(kept)
+            return kept
     raise FileNotFoundError(
         "Fashion-MNIST could not be had. Tried: " + "; ".join(tried) + f". Install the Debian package {PACKAGE}, "
         "or put its four idx files into the folder that MULTUM_DATA names, under fashion-mnist/."
@@ -55,15 +58,7 @@ def directory() -> Path:
 
 
 def _from_package(scratch: Path) -> Path:
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise OSError("apt-get and dpkg-deb are not on this machine")
-    download = ["apt-get", "download", "-q", PACKAGE]
-    done = subprocess.run(download, cwd=scratch, capture_output=True, text=True, timeout=300)
-    if done.returncode:  # a machine whose package lists were never fetched knows no package
-        subprocess.run(["apt-get", "update", "-q"], capture_output=True, timeout=300)
-        subprocess.run(download, cwd=scratch, capture_output=True, text=True, timeout=300, check=True)
-    subprocess.run(["dpkg-deb", "-x", next(scratch.glob("*.deb")), scratch / "root"], check=True, timeout=120)
-    return scratch / "root" / INSTALLED.relative_to("/")
+    return unpacked(PACKAGE, scratch) / INSTALLED.relative_to("/")
 
 
 def _from_address(scratch: Path) -> Path:
