@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
+import itertools
 import os
 import platform
 import random
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +25,14 @@ from multum.errors import MultumError, near
 from multum.graph.capture import arguments
 from multum.graph.spec import flatten, spec_of, unflatten
 from multum.runtime.candidate import Runner, opener
-from multum.runtime.engines import cpus, first_line
+from multum.runtime.engines import cpus, message_of
 from multum.runtime.session import Session
 
-_PROCESSES = 1.03
-"""Two processes with one and the same file differ by up to about 3 % for as long as they live, because of where their memory lies."""
+_PROCESSES = 3  # two processes with one and the same file differ for as long as they live, so each candidate gets several
+_ALIKE = 1.03  # and by about so much even then
 
+Key = tuple[str, int, int]  # candidate, batch size, threads
+T = TypeVar("T")
 Candidate = Session | Callable[..., Any] | str | PathLike[str]
 
 
@@ -36,23 +40,24 @@ Candidate = Session | Callable[..., Any] | str | PathLike[str]
 class Timing:
     """One candidate at one batch size and number of threads.
 
-    ``rounds``: milliseconds per call, one for each round; the same place in two timings of the same setting is the same round.
+    ``rounds``: milliseconds per call, a row for each process that the candidate ran in; the same place in two timings of one setting is the
+    same round.
     ``memory``: peak bytes above the process with nothing but the engine imported; None for a callable.
     """
 
     candidate: str
     batch: int
     threads: int
-    rounds: tuple[float, ...]
+    rounds: tuple[tuple[float, ...], ...]
     memory: int | None
 
     @property
     def median(self) -> float:
-        return statistics.median(self.rounds)
+        return statistics.median(itertools.chain(*self.rounds))
 
     def to_dict(self) -> dict[str, Any]:
-        p10, p90 = np.percentile(self.rounds, [10, 90]).tolist()
-        numbers = {"median": self.median, "p10": p10, "p90": p90, "rounds": list(self.rounds)}
+        p10, p90 = np.percentile(list(itertools.chain(*self.rounds)), [10, 90]).tolist()
+        numbers = {"median": self.median, "p10": p10, "p90": p90, "rounds": [list(row) for row in self.rounds]}
         return {"candidate": self.candidate, "batch": self.batch, "threads": self.threads, "memory": self.memory, "milliseconds": numbers}
 
 
@@ -61,7 +66,7 @@ class Bench:
     """What was measured. ``skipped`` has the reason for every timing that is missing, by candidate, batch size and threads."""
 
     timings: tuple[Timing, ...]
-    skipped: dict[tuple[str, int, int], str]
+    skipped: dict[Key, str]
     machine: dict[str, Any]
 
     @property
@@ -91,7 +96,7 @@ class Bench:
 class Verdict:
     """Whether a candidate is faster than a baseline: ``ratio`` times, with 95 % confidence ``low`` to ``high`` times.
 
-    The interval is that of the median of the paired rounds, wider by what two processes with one and the same file differ.
+    The interval is that of the median of the paired rounds, widened to the medians of the single processes, and by 3 %.
     """
 
     faster: bool
@@ -113,8 +118,9 @@ def bench(
     """Time the candidates on ``inputs``, one batch as a task gives it.
 
     ``batches``: 1 and the batch's own size where none are given; the batch is cut or repeated along the first dimension of its tensors.
-    ``threads``: 0 is all. ``seconds`` are shared by all settings; each gets its ``rounds`` or fewer, but at least one.
-    A session or file runs in a process of its own, which is stopped while it is not its turn; a callable runs here.
+    ``threads``: 0 is all. ``seconds`` are shared by all settings; each gets its ``rounds`` or fewer, but at least three.
+    A session or file runs in a process of its own, stopped while it is not its turn and started anew for every third of the rounds;
+    a callable runs here.
     """
     size = batch_size(inputs)
     batches = sorted(set(batches or (1, size)))
@@ -125,26 +131,25 @@ def bench(
             f"at least one of each, and at most {cpus()} threads",
         )
     openers = {name: opener(candidate, resized(inputs, batches[0])) for name, candidate in candidates.items()}
-    timings: list[Timing] = []
-    skipped: dict[tuple[str, int, int], str] = {}
+    log = _Log()
     end = time.perf_counter() + seconds
-    left = len(batches) * len(counts)
-    for count in counts:
+    visits = counts * _PROCESSES
+    for number, count in enumerate(visits):
+        left = (len(visits) - number) * len(batches)
         with contextlib.ExitStack() as stack:
             runners: dict[str, Runner] = {}
-            for name in openers:
-                try:
-                    runners[name] = openers[name](count)
-                    stack.callback(runners[name].close)
-                except MultumError as error:
-                    skipped |= {(name, batch, count): error.given for batch in batches}
-            for batch in batches:
-                until = time.perf_counter() + (end - time.perf_counter()) / left
-                left -= 1
-                found, failed = _in_turns(runners, resized(inputs, batch), rounds, until)
-                timings += [Timing(name, batch, count, times, memory) for name, (times, memory) in found.items()]
-                skipped |= {(name, batch, count): why for name, why in failed.items()}
-    return Bench(tuple(timings), skipped, machine())
+            for name, open_runner in openers.items():
+                if all((name, batch, count) in log.skipped for batch in batches):
+                    continue
+                if runner := log.attempt(name, batches, count, functools.partial(open_runner, count)):
+                    stack.callback(runner.close)
+                    runners[name] = runner
+            for place, batch in enumerate(batches):
+                now = time.perf_counter()
+                until = now + (end - now) / (left - place)
+                _in_turns(log, runners, resized(inputs, batch), (batch, count), -(-rounds // _PROCESSES), until)
+    timings = [Timing(*key, tuple(rows), log.memory[key]) for key, rows in log.rows.items() if key not in log.skipped]
+    return Bench(tuple(timings), log.skipped, machine())
 
 
 def best(measured: Bench, names: Iterable[str], batch: int | None = None, threads: int | None = None) -> str:
@@ -163,11 +168,13 @@ def verdict(measured: Bench, candidate: str, baseline: str, batch: int | None = 
     if one is None or other is None:
         missing = candidate if one is None else baseline
         return Verdict(False, None, None, None, f"not measured {where}: {missing}: {measured.skipped[(missing, *setting)]}")
-    ratios = [b / a for a, b in zip(one.rounds, other.rounds, strict=True)]
+    rows = [[b / a for a, b in zip(*row, strict=True)] for row in zip(one.rounds, other.rounds, strict=True)]
+    ratios = list(itertools.chain(*rows))
     ratio, interval = statistics.median(ratios), median_interval(ratios)
     if interval is None:
         return Verdict(False, ratio, None, None, f"too few rounds {where}: {len(ratios)}, an interval needs 6")
-    low, high = interval[0] / _PROCESSES, interval[1] * _PROCESSES
+    each = [statistics.median(row) for row in rows]
+    low, high = min(interval[0], *each) / _ALIKE, max(interval[1], *each) * _ALIKE
     word = "faster" if low > 1 else "slower" if high < 1 else "inside the noise"
     return Verdict(low > 1, ratio, low, high, f"{word}: {ratio:.2f}x ({low:.2f} to {high:.2f}) the speed of {baseline} {where}")
 
@@ -210,35 +217,41 @@ def machine() -> dict[str, Any]:
     }
 
 
-Found = dict[str, tuple[tuple[float, ...], int | None]]
+class _Log:
+    """What has been measured so far, and why something was not."""
 
+    def __init__(self) -> None:
+        self.rows: dict[Key, list[tuple[float, ...]]] = {}
+        self.memory: dict[Key, int | None] = {}
+        self.skipped: dict[Key, str] = {}
 
-def _in_turns(runners: Mapping[str, Runner], inputs: Any, rounds: int, until: float) -> tuple[Found, dict[str, str]]:
-    """Milliseconds per round and peak memory of each runner, and why one failed."""
-    memory: dict[str, int | None] = {}
-    failed: dict[str, str] = {}
-    times: dict[str, list[float]] = {}
-
-    def attempt(action: Callable[[str], None], name: str) -> None:
+    def attempt(self, name: str, batches: Sequence[int], threads: int, action: Callable[[], T]) -> T | None:
+        """The value of ``action``; when it fails, None, and the candidate is skipped at these batch sizes."""
         try:
-            action(name)
+            return action()
         except Exception as error:  # a callable may raise anything; it must not end the measuring of the others
-            failed[name] = error.given if isinstance(error, MultumError) else f"{type(error).__name__}: {first_line(error)}"
+            why = error.given if isinstance(error, MultumError) else f"{type(error).__name__}: {message_of(error)}"
+            self.skipped |= {(name, batch, threads): why for batch in batches}
+            return None
 
-    def prepare(name: str) -> None:
-        memory[name] = runners[name].prepare(inputs)
+
+def _in_turns(log: _Log, runners: Mapping[str, Runner], inputs: Any, setting: tuple[int, int], rounds: int, until: float) -> None:
+    """Add a row of milliseconds for each runner to the log."""
+    batch, threads = setting
+    times: dict[str, list[float]] = {}
+    for name, runner in runners.items():
+        if (name, *setting) in log.skipped:
+            continue
+        memory = log.attempt(name, [batch], threads, functools.partial(runner.prepare, inputs))
+        log.memory[(name, *setting)] = max(memory or 0, log.memory.get((name, *setting)) or 0) or None
         times[name] = []
-
-    def sample(name: str) -> None:
-        times[name].append(runners[name].sample() * 1e3)
-
-    for name in runners:
-        attempt(prepare, name)
-    order = random.Random(0)
+    order = random.Random(len(log.rows))
     for _ in range(rounds):
-        running = [name for name in times if name not in failed]
+        running = [name for name in times if (name, *setting) not in log.skipped]
         for name in order.sample(running, len(running)):
-            attempt(sample, name)
+            if seconds := log.attempt(name, [batch], threads, runners[name].sample):
+                times[name].append(seconds * 1e3)
         if time.perf_counter() > until:
             break
-    return {name: (tuple(rounds), memory[name]) for name, rounds in times.items() if name not in failed}, failed
+    for name, row in times.items():
+        log.rows.setdefault((name, *setting), []).append(tuple(row))

@@ -121,7 +121,7 @@ def open_engine(name: str, model: str | bytes, threads: int, spin: bool = True, 
         raise
     except Exception as error:  # both raise their own kinds of RuntimeError and Exception
         what = f"The file {Path(model).name}" if isinstance(model, str) else "The exported model"
-        raise FileError(f"{what} cannot be loaded by {name}: {first_line(error)}", "a valid ONNX model", "export it again") from error
+        raise FileError(f"{what} cannot be loaded by {name}: {message_of(error)}", "a valid ONNX model", "export it again") from error
 
 
 def cpus() -> int:
@@ -129,10 +129,10 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def first_line(error: BaseException) -> str:
-    """What an engine's error says, without the places in its source that come before or after."""
+def message_of(error: BaseException) -> str:
+    """What an engine's error says on one line, without the places in its source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(("Exception from", "Check '"))]
-    return lines[0][:300] if lines else type(error).__name__
+    return " ".join(lines)[:300] or type(error).__name__
 
 
 _ONNXRUNTIME_TYPES = {"float": "float32", "double": "float64"} | {

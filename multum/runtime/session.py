@@ -15,7 +15,7 @@ import torch
 from multum.errors import ExportError, FileError, GraphError
 from multum.graph.capture import arguments
 from multum.graph.spec import Spec, check, flatten, unflatten
-from multum.runtime.engines import Array, Engine, Port, first_line, installed, open_engine
+from multum.runtime.engines import Array, Engine, Port, installed, message_of, open_engine
 from multum.runtime.timing import turn, warm
 
 _ROUNDS = 7
@@ -123,7 +123,7 @@ def _run(name: str, engine: Engine, arrays: list[Array]) -> list[Array]:
     try:
         return engine.run(arrays)
     except Exception as error:  # both engines raise their own kinds of RuntimeError and Exception
-        raise ExportError(f"{name} fails on the model: {first_line(error)}", "inputs of sizes that the model was made for") from error
+        raise ExportError(f"{name} fails on the model: {message_of(error)}", "inputs of sizes that the model was made for") from error
 
 
 def _difference(expected: list[Array], found: list[Array]) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from multum.errors import ExportError, MultumError
-from multum.runtime.engines import Array, Engine, cpus, first_line, open_engine
+from multum.runtime.engines import Array, Engine, cpus, message_of, open_engine
 from multum.runtime.protocol import receive, send
 from multum.runtime.timing import turn, undisturbed, warm
 
@@ -48,7 +48,7 @@ class Worker:
         try:
             self._seconds = warm(self._call)
         except Exception as error:  # engines raise their own kinds of RuntimeError and Exception
-            raise ExportError(f"the engine fails on the model: {first_line(error)}") from error
+            raise ExportError(f"the engine fails on the model: {message_of(error)}") from error
         peak = _memory("VmHWM")
         return {"seconds": self._seconds, "memory": None if peak is None else peak - self._idle}
 

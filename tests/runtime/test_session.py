@@ -1,5 +1,6 @@
 """Sessions: both engines, structures in and out, and every wrong file or input refused with a reason."""
 
+import importlib
 import threading
 
 import numpy as np
@@ -105,6 +106,16 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
         Session(tmp_path / "none.onnx")
     with pytest.raises(FileError, match=r"neither an \.onnx nor a \.mip file"):
         Session(tmp_path / "model.pt")
+
+
+def test_a_mip_file_is_exported_in_memory(linear, tmp_path, monkeypatch):
+    pack, export = (importlib.import_module(f"multum.{name}") for name in ("pack", "export"))
+    path = tmp_path / "model.mip"
+    path.write_bytes(b"packed")
+    monkeypatch.setattr(pack, "load", lambda file: file.read_bytes(), raising=False)
+    monkeypatch.setattr(export, "to_onnx_bytes", lambda graph: linear().read_bytes() if graph == b"packed" else None)
+    assert torch.equal(Session(path)(torch.ones(1, 4)), torch.full((1, 4), 2.0))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_unknown_engines_and_thread_counts_are_refused(linear):
