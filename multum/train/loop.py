@@ -178,7 +178,7 @@ class _Run:
             form = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise TrainError(f"The loss gave {form}.", "one number that depends on the outputs")
         for group in self.optimizer.param_groups:
-            group["lr"] = self.how.rate(self.step, self.steps)
+            group["lr"] = self.how.rate(self.step, self.steps) * group.get("factor", 1.0)
         self.accelerator.backward(value)
         if self.how.clip:
             self.accelerator.clip_grad_norm_(self.parameters, self.how.clip)
@@ -293,13 +293,22 @@ def _fit_by_task(graph: Graph, task: Task, loss: Loss) -> dict[str, Any]:
 
 
 def _optimizer(graph: Graph, how: Training, device: torch.device) -> torch.optim.Optimizer:
-    """Only weights that multiply decay: not biases, norms, positions or scales of quantizers."""
+    """Only weights that multiply decay: not biases, norms, positions or scales of quantizers.
+
+    AdamW moves every number by about the learning rate, whatever its size, which would throw the small scales of quantizers
+    about: their rate is in proportion to their size.
+    """
     decaying = {layer.weight for layer in layers(graph) if layer.kind in ("conv", "linear", "rnn")}
-    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+    scales = {id(scale) for scale in _scales(graph)} if how.optimizer == "adamw" else set()
+    rows: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay} for weight_decay in (0.0, how.weight_decay)]
     for name, parameter in graph.tensors.named_parameters():
-        if parameter.requires_grad:
-            groups[name in decaying].append(parameter)
-    rows = [{"params": part, "weight_decay": how.weight_decay * index} for index, part in enumerate(groups) if part]
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in scales:
+            rows.append({"params": [parameter], "weight_decay": 0.0, "factor": float(parameter.detach().abs().mean())})
+        else:
+            rows[name in decaying]["params"].append(parameter)
+    rows = [row for row in rows if row["params"]]
     fused = True if device.type in ("cpu", "cuda") else None
     if how.optimizer == "sgd":
         return torch.optim.SGD(rows, how.learning_rate, momentum=0.9, nesterov=True, fused=fused)
