@@ -1,70 +1,198 @@
-"""Lossless coding of arrays: several codings, of which the smallest wins."""
+"""Lossless coding of arrays: several codings, of which the smallest wins.
+
+A coded stream is a byte that names the coding, and what that coding made of one array, or of many small ones of one dtype.
+"""
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import zstandard
 from numpy.typing import NDArray
 
-from multum.errors import FileError
-from multum.pack import symbols
+from ..errors import FileError
+from . import floats, integers
+from .symbols import Decoder, Encoder, Histograms
 
-DTYPES = ("float32", "float16", "uint16", "int8", "uint8", "int16", "int32", "int64", "bool")
-RAW, PLANES, SYMBOLS = range(3)
 Array = NDArray[Any]
+Ints = NDArray[np.int64]
+Parts = list[bytes]
+DTYPES = ("float32", "float16", "uint16", "int8", "uint8", "int16", "int32", "int64", "bool", "float64", "uint32", "uint64")
+RAW, PLANES, INTEGERS, FLOATS, PALETTE = range(5)
+_CHUNK = 1 << 18
+_COLORS = 1024  # values in a palette
+_COLOR_HEAD = struct.Struct("<HHQ")  # colors, index of the one nearest to zero, bytes of the coded colors
+_PROBE = 1 << 16  # bytes, three times, on which large arrays are tried
+_LARGE = 1 << 22
+_FORMAT = zstandard.FORMAT_ZSTD1_MAGICLESS
 
 
 def encode(array: Array) -> bytes:
-    """The coded bytes of one array of a dtype in ``DTYPES``."""
-    return encode_all([array])
+    """The coded bytes of an array of a dtype in ``DTYPES``. Raises ``FileError`` for another dtype."""
+    return b"".join(encode_all([array]))
 
 
 def decode(data: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Array:
+    """The array that was coded. Raises ``FileError`` when ``data`` cannot be one of this dtype and shape."""
     return decode_all(data, dtype, [shape])[0]
 
 
-def encode_all(arrays: Sequence[Array]) -> bytes:
-    """The coded bytes of arrays of one dtype, coded as one sequence."""
-    flat = np.concatenate([np.ascontiguousarray(a).reshape(-1) for a in arrays])
-    if flat.dtype.name not in DTYPES:
-        raise FileError(f"A tensor of dtype {flat.dtype.name}.", ", ".join(DTYPES), "cast it first.")
-    raw = flat.astype(flat.dtype.newbyteorder("<"), copy=False)
-    found = [bytes([RAW]) + raw.tobytes()]
-    if flat.size:
-        found.append(bytes([PLANES]) + compress(raw.view(np.uint8).reshape(flat.size, -1).T.tobytes()))
-        if flat.dtype.kind != "f":
-            low, high = int(flat.min()), int(flat.max())
-            if high - low < 1024:
-                levels = (flat.astype(np.int64) - low).astype(np.int32)
-                found.append(struct.pack("<BqH", SYMBOLS, low, high - low) + symbols.encode(levels, max(2, high - low + 1)))
-    return min(found, key=len)
+def encode_all(arrays: Sequence[Array]) -> Parts:
+    """The coded bytes, in parts, of arrays of one dtype; together they take less than one by one."""
+    kind = arrays[0].dtype
+    if kind.name not in DTYPES:
+        raise FileError(f"An array of dtype {kind.name}.", ", ".join(DTYPES), "cast it first.")
+    # asarray and not ascontiguousarray: the latter turns a scalar into a vector.
+    arrays = [np.asarray(a, kind.newbyteorder("="), order="C") for a in arrays]
+    best: Parts | None = None
+    for found in _candidates(arrays) if any(a.size for a in arrays) else ():
+        if best is None or _size(found) < _size(best):
+            best = found
+    if best is None or _size(best) > sum(a.nbytes for a in arrays):
+        best = [bytes([RAW]), *(a.astype(kind.newbyteorder("<"), copy=False).tobytes() for a in arrays)]
+    return best
+
+
+def _size(parts: Parts) -> int:
+    return sum(map(len, parts))
+
+
+def _candidates(arrays: Sequence[Array]) -> Iterator[Parts]:
+    name, small = arrays[0].dtype.name, sum(a.nbytes for a in arrays) < _LARGE
+    if arrays[0].dtype.kind != "f" and (found := integers.encode(arrays)):
+        yield [bytes([INTEGERS]), *found]
+    if name in floats.MANTISSA:
+        yield [bytes([FLOATS]), *floats.encode(arrays)]
+    if (colors := _colors(arrays)) is not None:
+        yield [bytes([PALETTE]), *_encode_palette(arrays, colors)]
+    if small or _repeats(arrays[0]):
+        yield [bytes([PLANES]), compress(b"".join(_planes(a) for a in arrays), 9)]
 
 
 def decode_all(data: bytes | memoryview, dtype: str, shapes: Sequence[Sequence[int]]) -> list[Array]:
-    kind, counts = np.dtype(dtype).newbyteorder("<"), [int(np.prod(s, dtype=np.int64)) for s in shapes]
-    total, body = sum(counts), memoryview(data)[1:]
-    if data[0] == RAW:
-        flat = np.frombuffer(body, kind, total).astype(dtype)
-    elif data[0] == PLANES:
-        planes = np.frombuffer(decompress(body, total * kind.itemsize), np.uint8)
-        flat = np.ascontiguousarray(planes.reshape(kind.itemsize, total).T).view(kind).reshape(-1).astype(dtype)
+    """The arrays that were coded together. Raises ``FileError`` when ``data`` cannot be arrays of this dtype and these shapes."""
+    try:
+        return _decode(memoryview(data), dtype, shapes)
+    except (ValueError, IndexError, OverflowError, AssertionError, TypeError, KeyError, struct.error, zstandard.ZstdError) as error:
+        raise FileError(f"Coded tensors that cannot be {dtype} {[list(s) for s in shapes][:3]}: {error}.", "what multum wrote") from error
+
+
+def _decode(data: memoryview, dtype: str, shapes: Sequence[Sequence[int]]) -> list[Array]:
+    if dtype not in DTYPES or len(data) == 0:
+        raise ValueError("no known dtype or no data")
+    kind, coding, body = np.dtype(dtype), data[0], data[1:]
+    if coding == INTEGERS and kind.kind != "f":
+        return integers.decode(body, kind, shapes)
+    if coding == FLOATS:
+        return floats.decode(body, kind, shapes)
+    if coding == PALETTE:
+        return _decode_palette(body, kind, shapes)
+    if coding not in (RAW, PLANES):
+        raise ValueError(f"unknown coding {coding}")
+    sizes = [math.prod(shape) for shape in shapes]
+    if coding == RAW:
+        flat = np.frombuffer(body, kind.newbyteorder("<"))
+        if flat.size != sum(sizes):
+            raise ValueError(f"{flat.size} values for {sum(sizes)}")
+        flats = np.split(flat, np.cumsum(sizes)[:-1])
     else:
-        low, span = struct.unpack_from("<qH", body)
-        flat = (symbols.decode(body[10:], total, max(2, span + 1)).astype(np.int64) + low).astype(dtype)
-    ends = np.cumsum(counts)[:-1]
-    return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), shapes, strict=True)]
+        plain, ends = decompress(body, sum(sizes) * kind.itemsize), np.cumsum([0, *sizes]) * kind.itemsize
+        planes = (np.frombuffer(plain, np.uint8, size * kind.itemsize, start) for size, start in zip(sizes, ends[:-1], strict=True))
+        flats = [np.ascontiguousarray(p.reshape(kind.itemsize, -1).T).reshape(-1).view(kind.newbyteorder("<")) for p in planes]
+    return [flat.astype(kind).reshape(shape) for flat, shape in zip(flats, shapes, strict=True)]
 
 
-def compress(raw: bytes) -> bytes:
-    import zstandard
+def _planes(array: Array) -> bytes:
+    """The bytes of an array, all first bytes first."""
+    little = array.reshape(-1).astype(array.dtype.newbyteorder("<"), copy=False)
+    return little.view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
 
-    return zstandard.ZstdCompressor(level=9, write_content_size=False).compress(raw)
+
+def _repeats(array: Array) -> bool:
+    """Whether samples of a large array say that matching repeated bytes is worth a try."""
+    flat = array.reshape(-1)
+    step = _PROBE // array.itemsize
+    samples = [_planes(flat[start : start + step]) for start in (0, flat.size // 2, max(0, flat.size - step))]
+    return 3 * len(compress(b"".join(samples), 3)) < sum(map(len, samples))
+
+
+def _ordered(words: Array) -> Ints:
+    """The bits of floats as integers in the order of the floats; integers as they are."""
+    if words.dtype.kind != "f":
+        return words.astype(np.int64)
+    bits = words.view(f"i{words.itemsize}").astype(np.int64)
+    return np.where(bits < 0, -1 - (bits & (1 << (8 * words.itemsize - 1)) - 1), bits)
+
+
+def _disordered(keys: Ints, kind: np.dtype[Any]) -> Array:
+    if kind.kind != "f":
+        return keys.astype(kind)
+    sign = -1 << (8 * kind.itemsize - 1)
+    return np.where(keys < 0, (-1 - keys) | sign, keys).astype(f"i{kind.itemsize}").view(kind)
+
+
+def _parts(flat: Array) -> Iterator[Array]:
+    return (flat[i : i + _CHUNK] for i in range(0, flat.size, _CHUNK))
+
+
+def _colors(arrays: Sequence[Array]) -> Ints | None:
+    """The distinct values in ascending order, as ``_ordered`` gives them; ``None`` when they are too many to be worth a palette."""
+    found = np.empty(0, np.int64)
+    for array in arrays:
+        flat = array.reshape(-1)
+        for part in (flat[:: max(1, flat.size // 2048)], *_parts(flat)):
+            found = np.union1d(found, _ordered(part))
+            if found.size > _COLORS:
+                return None
+    return found if found.size <= sum(a.size for a in arrays) // 4 else None
+
+
+def _palette(near: int, count: int, size: int) -> Histograms:
+    return Histograms(np.arange(count) - near, max(1.0, count / 8), size)
+
+
+def _encode_palette(arrays: Sequence[Array], colors: Ints) -> Parts:
+    coded = encode(_disordered(colors, arrays[0].dtype))
+    near = int(np.abs(colors).argmin())
+    stream, histograms = Encoder(), _palette(near, colors.size, sum(a.size for a in arrays))
+    for array in arrays:
+        index = np.empty(array.size, np.uint16)
+        for here, part in zip(_parts(index), _parts(array.reshape(-1)), strict=True):
+            here[:] = np.searchsorted(colors, _ordered(part))
+        stream.add(index, 0, array.shape, histograms)
+    return [_COLOR_HEAD.pack(colors.size, near, len(coded)), coded, stream.data()]
+
+
+def _decode_palette(data: memoryview, kind: np.dtype[Any], shapes: Sequence[Sequence[int]]) -> list[Array]:
+    count, near, length = _COLOR_HEAD.unpack_from(data)
+    if not near < count <= _COLORS or data[_COLOR_HEAD.size] == PALETTE:
+        raise ValueError("impossible palette")
+    start = _COLOR_HEAD.size + length
+    colors = decode(data[_COLOR_HEAD.size : start], kind.name, (count,))
+    sizes = [math.prod(shape) for shape in shapes]
+    stream, histograms, found = Decoder(data[start:]), _palette(near, count, sum(sizes)), []
+    for size, shape in zip(sizes, shapes, strict=True):
+        index = np.empty(size, np.uint16)
+        stream.take(index, 0, shape, histograms)
+        found.append(colors[index].reshape(shape))
+    return found
+
+
+def compress(plain: bytes, level: int = 19) -> bytes:
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, format=_FORMAT, write_content_size=False)
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(plain)
 
 
 def decompress(data: bytes | memoryview, size: int) -> bytes:
-    import zstandard
-
-    return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+    """The ``size`` bytes that were compressed. Raises ``ValueError`` when they are more or fewer."""
+    # A frame that states its size would be believed beyond max_output_size: here none does.
+    if zstandard.get_frame_parameters(data, format=_FORMAT).content_size not in (zstandard.CONTENTSIZE_UNKNOWN, size):
+        raise ValueError("a frame of another size")
+    plain = zstandard.ZstdDecompressor(format=_FORMAT).decompress(data, max_output_size=size, allow_extra_data=False)
+    if len(plain) != size:
+        raise ValueError(f"{len(plain)} bytes for {size}")
+    return bytes(plain)

@@ -21,7 +21,7 @@ import struct
 import tempfile
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -30,8 +30,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from multum.errors import FileError
-from multum.pack import coder
+from ..errors import FileError
+from . import coder
 
 MAGIC, MAJOR, MINOR = b"\x89MIP\r\n\x1a\n", 1, 0
 _HEAD, _FOOT = struct.Struct("<8sBB"), struct.Struct("<III")
@@ -81,7 +81,7 @@ def write(path: Path_, meta: Mapping[str, Any], tensors: Mapping[str, Array]) ->
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError):
-            raise FileError(f"{path} could not be written: {error.strerror or error}.", do="free some space, or choose another place.") from error
+            raise FileError(f"{path} could not be written: {error.strerror or error}.", do="free space or change the place.") from error
         raise
     return size
 
@@ -96,10 +96,12 @@ def _write(file: BinaryIO, meta: Mapping[str, Any], tensors: Mapping[str, Array]
     head, table, raw = _HEAD.pack(MAGIC, MAJOR, MINOR), [], 0
     file.write(head)
     for names, arrays in _grouped(tensors):
-        data = coder.encode_all(arrays)
-        table.append([len(data), zlib.crc32(data), arrays[0].dtype.name, [[n, list(a.shape)] for n, a in zip(names, arrays, strict=True)]])
+        length, checksum = 0, 0
+        for part in coder.encode_all(arrays):
+            file.write(part)
+            length, checksum = length + len(part), zlib.crc32(part, checksum)
+        table.append([length, checksum, arrays[0].dtype.name, [[n, list(a.shape)] for n, a in zip(names, arrays, strict=True)]])
         raw += sum(a.nbytes for a in arrays)
-        file.write(data)
     padding = max(0, -(-(raw - _FREE) // _RATIO) - file.tell())
     file.write(bytes(padding))
     plain = _dump({"meta": meta, "padding": padding, "streams": table} if padding else {"meta": meta, "streams": table})
@@ -262,8 +264,8 @@ def _load(text: bytes) -> dict[str, Any]:
             raise ValueError("a key appears twice")
         return result
 
-    hooks: dict[str, Callable[..., Any]] = {"parse_constant": constant, "parse_float": number, "object_pairs_hook": pairs}
-    return _of(json.loads(text, **hooks), dict)
+    header: dict[str, Any] = _of(json.loads(text, parse_constant=constant, parse_float=number, object_pairs_hook=pairs), dict)
+    return header
 
 
 def _streams(header: dict[str, Any], end: int) -> list[_Stream]:
@@ -291,7 +293,8 @@ def _streams(header: dict[str, Any], end: int) -> list[_Stream]:
 
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name.split("/"):
-        raise FileError(f"A tensor with the name {str(name)[:80]!r}.", "1 to 512 characters, no control character, backslash or '..'", "rename it.")
+        given = f"A tensor with the name {str(name)[:80]!r}."
+        raise FileError(given, "up to 512 characters, none of them a control character or backslash", "rename it.")
 
 
 def _check_sizes(path: Path_, streams: list[_Stream], total: int, limit: int | None) -> None:
