@@ -50,7 +50,7 @@ def _sizes(trace: Trace, node: fx.Node, name: str, axes: Axes) -> None:
 @rule(aten.movedim, aten.moveaxis, aten.swapaxes, aten.swapdims)
 def _permute(trace: Trace, node: fx.Node) -> Any:
     axes = trace.axes(node.args[0])
-    marked = torch.empty(range(2, len(axes) + 2), device="meta")  # each size names its dimension
+    marked = torch.empty(tuple(range(2, len(axes) + 2)), device="meta")  # each size names its dimension
     moved = node.target(marked, *node.args[1:], **node.kwargs)  # type: ignore[operator]
     return tuple(axes[size - 2] for size in moved.shape)
 

@@ -21,7 +21,8 @@ from .scores import CRITERIA
 
 KINDS = ("conv", "linear", "embedding", "rnn")
 _ALLOCATIONS = ("uniform", "global")
-_HALVINGS = 24  # of the interval in which the share to cut is sought
+_HALVINGS = 14  # of the interval in which the share to cut is sought
+_CLOSE = 0.05  # of a group: how far a width may be from the one asked for and still be preferred to a later factor
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Channels(Step):
 
     Everything that must go together goes together: residual sums, concatenations, depthwise and grouped convolutions,
     heads of attention. Where a dimension is a product, such as heads and their width, only one of its factors is cut:
-    the first that can be.
+    the first that comes close to the share asked for.
     """
 
     stage: ClassVar[Stage | None] = Stage.STRUCTURE
@@ -53,7 +54,8 @@ class Channels(Step):
         scores = {group.name: CRITERIA[self.criterion](graph, groups, group) for group in chosen}
 
         def keep(ratio: float) -> dict[str, list[int]]:
-            return _keep(groups, chosen, scores, self._widths(chosen, scores, groups, ratio))
+            wanted = self._wanted(chosen, scores, ratio)
+            return _keep(groups, chosen, scores, wanted, {group.name: self._width(group, wanted[group.name], groups) for group in chosen})
 
         kept = keep(self._ratio(graph, groups, keep))
         changes = {name: {"keep": indices, "of": groups[name].size} for name, indices in kept.items()}
@@ -83,28 +85,27 @@ class Channels(Step):
         """The groups that are left alone, with the reason."""
         known = {layer.name for layer in select(graph, kinds=KINDS)}
         wanted = {layer.name for layer in select(graph, self.include, self.exclude, KINDS)}
+        unwanted = {layer.name for layer in select(graph, self.exclude, kinds=KINDS)} if self.exclude else set()
         barred: dict[str, str] = {}
         for group in groups:
             own = set(group.producers) & known
-            if group.reason or group.size == 1:
-                barred[group.name] = group.reason or "it is the only channel"
+            if group.reason:
+                barred[group.name] = group.reason
+            elif excluded := sorted(own & unwanted):
+                barred[group.name] = f"{excluded[0]} is excluded"
             elif not own & wanted:
-                barred[group.name] = "left out by include or exclude" if own else "no layer makes it"
-            elif excluded := sorted(own - wanted) if self.exclude else []:
-                barred[group.name] = f"it goes together with {excluded[0]}, which is left out"
+                barred[group.name] = "include does not name it" if own else "no layer makes it"
         return barred
 
-    def _widths(self, chosen: list[Group], scores: dict[str, Tensor], groups: Groups, ratio: float) -> dict[str, int]:
-        """How many channels each group should keep."""
-        if self.allocation == "uniform":
-            wanted = {group.name: group.size * (1 - ratio) for group in chosen}
-        else:
-            pooled = torch.cat([scores[group.name].cpu() for group in chosen]).sort().values if chosen else torch.zeros(1)
-            threshold = pooled[min(int(ratio * len(pooled)), len(pooled) - 1)]
-            wanted = {group.name: float((scores[group.name].cpu() >= threshold).sum()) for group in chosen}
-        return {group.name: self._round(group, wanted[group.name], groups) for group in chosen}
+    def _wanted(self, chosen: list[Group], scores: dict[str, Tensor], ratio: float) -> dict[str, float]:
+        """How many channels each group should keep, before rounding."""
+        if self.allocation == "uniform" or not chosen:
+            return {group.name: group.size * (1 - ratio) for group in chosen}
+        pooled = torch.cat([scores[group.name] for group in chosen]).sort().values
+        threshold = pooled[min(int(ratio * len(pooled)), len(pooled) - 1)]
+        return {group.name: float((scores[group.name] >= threshold).sum()) for group in chosen}
 
-    def _round(self, group: Group, wanted: float, groups: Groups) -> int:
+    def _width(self, group: Group, wanted: float, groups: Groups) -> int:
         """The width nearest to `wanted` that is a multiple of the step, the lower of two; the step is at most a quarter of the group."""
         step = self.multiple // math.gcd(self.multiple, groups.cofactor(group))
         while step > 1 and group.size < 4 * step:
@@ -121,9 +122,11 @@ class Channels(Step):
         if not goals:
             return self.ratio
         low, high = 0.0, 1.0
+        before = [count(graph, groups, {}) for _, count in goals]
 
         def left(ratio: float) -> list[float]:
-            return [count(graph, groups, keep(ratio)) / count(graph, groups, {}) for _, count in goals]
+            cut = keep(ratio)
+            return [count(graph, groups, cut) / whole for (_, count), whole in zip(goals, before, strict=True)]
 
         if any(value > share for value, (share, _) in zip(left(high), goals, strict=True)):
             least = " and ".join(f"{value:.3f} of the {count.__name__}" for value, (_, count) in zip(left(high), goals, strict=True))
@@ -139,14 +142,19 @@ class Channels(Step):
         return high
 
 
-def _keep(groups: Groups, chosen: list[Group], scores: dict[str, Tensor], widths: dict[str, int]) -> dict[str, list[int]]:
-    """The channels with the highest scores, in order, of each group that gets narrower; of factors of one product only the first is cut."""
-    keep: dict[str, list[int]] = {}
-    for group in chosen:
-        if widths[group.name] < group.size and not any(other.name in keep for other in groups.factors(group)):
-            best = scores[group.name].sort(descending=True, stable=True).indices[: widths[group.name]]
-            keep[group.name] = sorted(best.tolist())
-    return keep
+def _keep(
+    groups: Groups, chosen: list[Group], scores: dict[str, Tensor], wanted: dict[str, float], widths: dict[str, int]
+) -> dict[str, list[int]]:
+    """The channels with the highest scores of each group that gets narrower; of the factors of a product only one does."""
+    cut: set[str] = set()
+    for group in sorted(chosen, key=lambda group: abs(widths[group.name] - wanted[group.name]) > _CLOSE * group.size):
+        if widths[group.name] < group.size and not any(other.name in cut for other in groups.factors(group)):
+            cut.add(group.name)
+    return {
+        group.name: sorted(scores[group.name].sort(descending=True, stable=True).indices[: widths[group.name]].tolist())
+        for group in chosen
+        if group.name in cut
+    }
 
 
 def _skipped(graph: Graph, groups: Groups, keep: Keep, barred: dict[str, str]) -> dict[str, str]:
@@ -154,8 +162,7 @@ def _skipped(graph: Graph, groups: Groups, keep: Keep, barred: dict[str, str]) -
     skipped = {}
     for layer in select(graph, kinds=KINDS):
         outputs = groups.outputs(layer.name)
-        if any(group.name in keep for group in outputs):
-            continue
-        reasons = [barred.get(group.name, "too few channels to cut") for group in outputs]
-        skipped[layer.name] = reasons[0] if reasons else "it has one output"
+        if not any(group.name in keep for group in outputs):
+            reasons = [barred.get(group.name, "it is too narrow") for group in outputs]
+            skipped[layer.name] = reasons[0] if reasons else "it has a single output"
     return skipped

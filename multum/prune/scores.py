@@ -65,7 +65,7 @@ def _gather(groups: Groups, group: Group, tensor: str, dim: int, norm: Tensor, o
     places = groups.places(tensor, dim, group).to(norm.device)
     inside = places >= 0
     sums = torch.zeros(group.size, dtype=norm.dtype, device=norm.device).index_add(0, places[inside], norm[inside] ** order)
-    return sums ** (1 / order)
+    return (sums ** (1 / order)).cpu()
 
 
 def _gain(graph: Graph, layer: Layer, norm: Tensor) -> Tensor:
