@@ -1,0 +1,5 @@
+"""Where a network's parameters, MACs, bytes and milliseconds are; and what a difference of scores means."""
+
+from .profile import Analysis, Row, analyze
+
+__all__ = ["Analysis", "Row", "analyze"]

@@ -1,0 +1,165 @@
+"""A training that is cut short goes on to the bits of one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from multum.errors import TrainError
+from multum.graph import Graph
+from multum.task import Task
+from multum.train import Training, fit, loop
+
+torch.set_num_threads(1)
+
+
+class Net(nn.Module):
+    """Everything that has a state: weights, running statistics, random numbers in dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(torch.relu(self.norm(self.conv(x))).mean((2, 3))))
+
+
+class Noisy(TensorDataset):
+    """Draws from torch's global random state for every sample, as augmentation does."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        x, y = super().__getitem__(index)
+        return x + 0.1 * torch.randn(3, 6, 6), y
+
+
+def make() -> Task:
+    torch.manual_seed(5)
+    x, y = torch.randn(48, 3, 6, 6), torch.randint(0, 4, (48,))
+    train = DataLoader(Noisy(x, y), batch_size=8, shuffle=True)
+    validation = DataLoader(TensorDataset(x, y), batch_size=24)
+    return Task(
+        Net(), x[:2], train=train, validation=validation, metric=lambda predict, data: torch.cat([predict(x).sum(1) for x, _ in data])
+    )
+
+
+class Cut(Exception):
+    pass
+
+
+def train(task: Task, folder: Path | None, how: Training, cut: int = 0) -> tuple[Graph, dict]:
+    """Trains the same graph in the same way; raises in the middle of the step `cut`."""
+    graph, calls = task.original.copy().requires_grad_(True), []
+
+    def loss(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == cut:
+            raise Cut
+        return nn.functional.cross_entropy(outputs, targets)
+
+    history = fit(graph, task, loss, how, folder)
+    return graph, history | {"calls": len(calls)}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("cut", [2, 7, 10, 18])  # in the first pass, at the start of the second, in its middle, at the end
+def test_resumed_training_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, cut: int) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    task, how = make(), Training(epochs=3, learning_rate=0.01, optimizer=optimizer)
+    whole, history = train(task, None, how)
+    with pytest.raises(Cut):
+        train(task, tmp_path, how, cut)
+    resumed, again = train(task, tmp_path, how)
+    assert again["calls"] == 18 - (cut - 1)
+    assert resumed.fingerprint() == whole.fingerprint()
+    assert {key: again[key] for key in ("steps", "loss_first", "loss_last", "validation", "kept")} == {
+        key: history[key] for key in ("steps", "loss_first", "loss_last", "validation", "kept")
+    }
+
+
+def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
+    task, how = make(), Training(epochs=1)
+    first, _ = train(task, tmp_path, how)
+    second, history = train(task, tmp_path, how)
+    assert history["calls"] == 0
+    assert history["steps"] == 6
+    assert second.fingerprint() == first.fingerprint()
+    assert [path.name for path in tmp_path.iterdir()] == ["training.safetensors"]
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    task = make()
+    train(task, tmp_path, Training(epochs=1))
+    with pytest.raises(TrainError, match="another training"):
+        train(task, tmp_path, Training(epochs=2))
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: b"\xff" * 64 + data[64:]])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: object) -> None:
+    task, file = make(), tmp_path / "training.safetensors"
+    train(task, tmp_path, Training(epochs=1))
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(TrainError, match=r"training\.safetensors' cannot be read"):
+        train(task, tmp_path, Training(epochs=1))
+
+
+PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from test_checkpoint import Training, loop, make, nn, fit
+loop.CHECKPOINT_SECONDS = 0.0
+task, calls = make(), []
+graph = task.original.copy().requires_grad_(True)
+def loss(inputs, outputs, targets):
+    calls.append(1)
+    if len(calls) == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return nn.functional.cross_entropy(outputs, targets)
+fit(graph, task, loss, Training(epochs=3, learning_rate=0.01), Path({folder!r}))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_gone_on_with_in_another(tmp_path: Path) -> None:
+    program = PROGRAM.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", program], timeout=250, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    task, how = make(), Training(epochs=3, learning_rate=0.01)
+    whole, _ = train(task, None, how)
+    resumed, history = train(task, tmp_path, how)
+    assert history["calls"] == 18 - 9
+    assert resumed.fingerprint() == whole.fingerprint()
+
+
+SEVERAL = """
+import sys
+sys.path.insert(0, {here!r})
+from test_checkpoint import Training, make, train
+from accelerate import PartialState
+graph, history = train(make(), None, Training(epochs=2))
+print(PartialState().num_processes, history["calls"], history["steps"], graph.tensor("head.weight").sum().item(), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_two_processes_share_the_batches(tmp_path: Path, precision: str) -> None:
+    program = tmp_path / "several.py"
+    program.write_text(textwrap.dedent(SEVERAL.format(here=str(Path(__file__).parent))))
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", str(program)]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": precision, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], timeout=280, capture_output=True, text=True, env=env)
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("2 ")]
+    assert len(rows) == 2, done.stderr
+    assert rows[0] == rows[1]
+    assert rows[0][:3] == ["2", "6", "6"]  # 6 batches a pass, 2 passes: three batches a pass for each
