@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from ..errors import ExportError
 from ..graph import Graph
+from ..graph.model import aten
 from ..graph.spec import Spec
 from .finish import finish
 from .integers import kind, to_integer_weights
@@ -33,6 +34,7 @@ def to_onnx_bytes(graph: Graph) -> bytes:
 
     work = graph.copy().to("cpu").eval()
     fuse(work)
+    _settle_layouts(work)
     to_integer_weights(work)
     size = sum(tensor.nbytes for _, tensor in work.named_tensors())
     if size > _LARGEST:
@@ -79,6 +81,18 @@ def _paths(spec: Spec) -> Iterator[tuple[str, ...]]:
         yield from ((str(key), *path) for path in _paths(child))
 
 
+def _settle_layouts(graph: Graph) -> None:
+    """Makes views independent of memory layout: the exporter's own form of attention lays its result out otherwise than the kernel does."""
+    for view in graph.find(aten.view.default):
+        view.target = aten.reshape.default
+    for attention in graph.find(aten.scaled_dot_product_attention.default):
+        users = list(attention.users)
+        with graph.fx.inserting_after(attention):
+            copied = graph.fx.call_function(aten.clone.default, (attention,), {"memory_format": torch.contiguous_format})
+        for user in users:
+            user.replace_input_with(attention, copied)
+
+
 def _translate(graph: Graph, inputs: list[str], outputs: list[str]) -> Any:
     leaves = tuple(graph._example_leaves())
     dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in batched(leaves))
@@ -94,11 +108,14 @@ def _translate(graph: Graph, inputs: list[str], outputs: list[str]) -> Any:
             verbose=False,
         )
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter wraps what went wrong in advice
+            cause = cause.__cause__
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
         raise ExportError(
-            f"The graph cannot be expressed in ONNX: {' '.join(lines[:3])[:400]}",
+            f"The graph cannot be expressed in ONNX: {type(cause).__name__}: {' '.join(lines[:3])[:400]}",
             "operators that ONNX has",
-            "compress without the step that brought the operator in, or report it",
+            "leave out the step that brought the operator in, if one did",
         ) from error
 
 
