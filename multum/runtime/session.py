@@ -143,7 +143,7 @@ def _array(value: torch.Tensor | Array, port: Port) -> Array:
         raise GraphError(
             f"The input {port.name!r} has the shape {list(shape)}.", f"[{expected}]", "give inputs in the shape of the example"
         )
-    return np.asarray(value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value, order="C")
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
 
 
 def _read_io(text: str, inputs: int, outputs: int) -> tuple[Spec | None, Spec]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from multum.errors import ExportError, MultumError
+from multum.errors import MultumError
 from multum.runtime.engines import Array, Engine, cpus, message_of, open_engine
 from multum.runtime.protocol import receive, send
 from multum.runtime.timing import turn, undisturbed, warm
@@ -44,13 +44,14 @@ class Worker:
         engine = self._engine
         if engine is None:
             raise MultumError("No model is open.")
-        self._call = lambda: engine.run(arrays)
-        try:
-            self._seconds = warm(self._call)
-        except Exception as error:  # engines raise their own kinds of RuntimeError and Exception
-            raise ExportError(f"the engine fails on the model: {message_of(error)}") from error
+
+        def call() -> object:
+            return engine.run(arrays)
+
+        self._seconds = warm(call)
+        self._call = call
         peak = _memory("VmHWM")
-        return {"seconds": self._seconds, "memory": None if peak is None else peak - self._idle}
+        return {"memory": None if peak is None else peak - self._idle}
 
     def sample(self, arrays: list[Array]) -> dict[str, Any]:
         return {"seconds": turn(self._call, self._seconds)}
@@ -87,9 +88,12 @@ def main() -> None:
             header, arrays = message
             command = known[header["do"]]
             try:
-                send(answers, command(arrays, **header["options"]))
+                answer = command(arrays, **header["options"])
             except MultumError as error:
-                send(answers, {"error": error.given})
+                answer = {"error": error.given}
+            except Exception as error:  # engines raise their own kinds of RuntimeError and Exception
+                answer = {"error": f"the engine fails on the model: {message_of(error)}"}
+            send(answers, answer)
 
 
 if __name__ == "__main__":

@@ -86,15 +86,17 @@ def test_callables_are_measured_here_and_failures_are_kept():
 
 def test_torch_threads_are_as_asked_and_put_back():
     before = torch.get_num_threads()
+    torch.set_num_threads(2)
     seen = []
-    bench(
-        {"spy": lambda x: seen.append((torch.get_num_threads(), torch.is_inference_mode_enabled()))},
-        torch.rand(1, 2),
-        threads=(1,),
-        rounds=1,
-    )
+
+    def spy(x):
+        seen.append((torch.get_num_threads(), torch.is_inference_mode_enabled()))
+
+    bench({"spy": spy}, torch.rand(1, 2), threads=(1,), rounds=1)
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
     assert set(seen) == {(1, True)}
-    assert torch.get_num_threads() == before
+    assert after == 2
 
 
 def test_a_fixed_batch_size_is_skipped_at_others(linear):
