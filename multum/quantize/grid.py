@@ -29,8 +29,8 @@ class Grid:
 
 
 def signed(bits: int, axis: int | None = None) -> Grid:
-    """Two's complement: -128..127 for 8 bits."""
-    return Grid(-(1 << bits - 1), (1 << bits - 1) - 1, axis)
+    """As many negative as positive integers, -127..127 for 8 bits, -1..1 for 2: a weight and its opposite are equally exact."""
+    return Grid(1 - (1 << bits - 1), (1 << bits - 1) - 1, axis)
 
 
 def unsigned(bits: int, axis: int | None = None) -> Grid:

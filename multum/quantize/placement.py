@@ -48,6 +48,7 @@ class Placement:
 
     readers: dict[fx.Node, set[fx.Node] | None] = field(default_factory=dict)
     leader: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    maker: dict[fx.Node, fx.Node] = field(default_factory=dict)  # the operator before a clipping activation
 
     def root(self, value: fx.Node) -> fx.Node:
         """The value whose scale and zero point this one shares."""
@@ -112,6 +113,7 @@ def _quantize_result(placement: Placement, node: fx.Node) -> fx.Node:
     reader = next(iter(node.users), node)
     value = reader if len(node.users) == 1 and reader.target in _CLIPS else node
     placement.readers[value] = None
+    placement.maker[value] = node
     return value
 
 

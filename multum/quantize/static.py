@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..errors import StepError
 from ..graph import Graph, Layer
 from ..graph.fuse import fuse
-from ..graph.layers import QUANTIZERS
+from ..graph.layers import QUANTIZERS, source
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .grid import affine, unsigned
@@ -67,8 +67,8 @@ class Static(Step):
 
     def _prepare(self, graph: Graph, task: Task) -> tuple[list[Layer], dict[str, str], Placement]:
         """Changes the float network into an equal one that is quantized well, and says what of it to quantize."""
-        if graph.find(*QUANTIZERS):
-            raise StepError("The network is quantized already.", "a network in float", "remove one of the quantization steps")
+        if any(source(node) is None for node in graph.find(*QUANTIZERS)):
+            raise StepError("The activations are quantized already.", "activations in float", "remove one quantize.Static")
         fuse(graph)
         chosen, skipped = choose(graph, self.include, self.exclude)
         return chosen, skipped, place(graph.fx, chosen)
@@ -82,12 +82,10 @@ def _changes(
     places = {layer.node: layer.name for layer in chosen}
     for value, readers in placement.readers.items():
         entry = parameters[placement.root(value)]
-        for reader in readers or value.users:
-            if reader in places:
-                changes[places[reader]]["input"] = entry
-        maker = next((node for node in (value, *value.all_input_nodes) if node in places), None)
-        if readers is None:
-            changes.setdefault(places[maker] if maker else value.name, {})["output"] = entry
-        elif not any(reader in places for reader in readers):
-            changes.setdefault(value.name, {})["output"] = entry
+        inside = [places[reader] for reader in (value.users if readers is None else readers) if reader in places]
+        for name in inside:
+            changes[name]["input"] = entry
+        if readers is None or not inside:
+            name = places.get(placement.maker.get(value, value), value.name)
+            changes.setdefault(name, {})["output"] = entry
     return changes

@@ -34,6 +34,9 @@ class WeightOnly(Step):
 
     def plan(self, graph: Graph, task: Task) -> Plan:
         chosen, skipped = choose(graph, self.include, self.exclude)
+        for layer in chosen:
+            if layer.quantizer() is not None:
+                raise StepError(f"The layer {layer.name!r} is quantized already.", "each layer quantized once", f"exclude {layer.name!r}")
         return Plan({layer.name: entry for layer, entry in weight_entries(chosen, self.bits, self.edges)}, skipped)
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
@@ -43,13 +46,11 @@ class WeightOnly(Step):
 
 
 def choose(graph: Graph, include: str | tuple[str, ...], exclude: str | tuple[str, ...]) -> tuple[list[Layer], dict[str, str]]:
-    """The layers to quantize and the reason for each other one. Raises StepError when a chosen one is quantized already."""
+    """The layers to quantize and the reason for each other one."""
     known = [layer for layer in layers(graph) if layer.kind in KINDS]
     chosen = {layer.name for layer in select(graph, include, exclude, KINDS)}
     skipped = {layer.name: "excluded by name" for layer in known if layer.name not in chosen}
     for layer in known:
-        if layer.name in chosen and layer.quantizer() is not None:
-            raise StepError(f"The layer {layer.name!r} is quantized already.", "each layer quantized once", f"exclude {layer.name!r}")
         sharers = {other.name for other in known if other.weight == layer.weight}
         values = weight(graph, layer)
         if layer.name not in chosen:
@@ -69,9 +70,10 @@ def check_bits(*numbers: int) -> None:
 
 
 def weight_entries(chosen: list[Layer], bits: int, edges: int) -> list[tuple[Layer, dict[str, Any]]]:
-    """What is planned for the weight of each layer."""
+    """What is planned for the weight of each layer; nothing where it is on a grid already."""
     ends = {layer.weight for layer in (chosen[:1] + chosen[-1:])}
-    return [(layer, {"weight": {"bits": max(bits, edges) if layer.weight in ends else bits, "axis": layer.axis}}) for layer in chosen]
+    bits_of = {layer: max(bits, edges) if layer.weight in ends else bits for layer in chosen}
+    return [(layer, {} if layer.quantizer() else {"weight": {"bits": bits_of[layer], "axis": layer.axis}}) for layer in chosen]
 
 
 def quantize_weights(graph: Graph, plan: Plan) -> None:
