@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .file import from_integers, to_integers
 from .layers import Layer, layers, source
 from .model import Graph, aten, owners, read, shape
 
@@ -14,6 +15,7 @@ _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_drop
 _SAME = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default)
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
+_SMALLEST_SCALE = 1e-12  # of a channel that batch normalization switched off
 _LARGEST_CONSTANT = 1 << 16  # elements; a larger constant costs more in the file than it saves in time
 
 
@@ -40,12 +42,14 @@ def zero_pad(node: fx.Node) -> list[int] | None:
     """How many zeros a padding operator adds, last dimension first, in pairs; None for any other operator."""
     if node.target not in _PADS or read(node, "mode", "constant") != "constant" or read(node, "value", 0) not in (None, 0):
         return None
-    sizes = node.args[1]
-    return list(sizes) if isinstance(sizes, list | tuple) and all(isinstance(n, int) and n >= 0 for n in sizes) else None
+    sizes: Any = node.args[1]
+    return list(sizes) if all(isinstance(size, int) and size >= 0 for size in sizes) else None
 
 
 def _drop_identities(graph: Graph) -> list[str]:
     done = []
+    for view in graph.find(aten.view.default):  # without the copies it may meet a memory layout that it cannot view
+        view.target = aten.reshape.default
     for node in [n for n in graph.fx.nodes if n.op == "call_function" and n.name not in graph.pinned]:
         before = node.args[0] if node.args else None
         if not isinstance(before, fx.Node) or before.op == "get_attr":
@@ -68,7 +72,7 @@ def _fold_constants(graph: Graph) -> list[str]:
             constant[node] = graph.tensor(str(node.target))
         elif node.op == "call_function" and all(part in constant for part in node.all_input_nodes) and _is_foldable(node):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda part: constant[part])
-            constant[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            constant[node] = node.target(*args, **kwargs)
     for node in constant:
         if node.op == "get_attr" or all(user in constant for user in node.users):
             continue
@@ -118,7 +122,8 @@ def _norm_after(graph: Graph, layer: Layer) -> fx.Node | None:
     norm = next(iter(node.users), None)
     weight = node.args[layer.position] if layer.position < len(node.args) else None
     is_plain = layer.kind == "conv" or (node.target is aten.linear.default and len(shape(node)) == 2)
-    if not (is_plain and isinstance(weight, fx.Node) and weight.op == "get_attr" and norm is not None and len(node.users) == 1):
+    is_read = isinstance(weight, fx.Node) and (weight.op == "get_attr" or weight is _grid_by_channel(graph, layer))
+    if not (is_plain and is_read and norm is not None and len(node.users) == 1):
         return None
     if norm.target is not aten.batch_norm.default or norm.args[0] is not node or norm.name in graph.pinned:
         return None
@@ -140,12 +145,35 @@ def _fold_norm(graph: Graph, layer: Layer, norm: fx.Node) -> None:
     bias = torch.zeros_like(mean) if layer.bias is None else graph.tensor(layer.bias).detach().double()
     bias = (bias - mean) * factor + (0 if beta is None else beta)
     name = layer.bias or _free_name(graph, f"{layer.weight.rpartition('.')[0]}.bias".removeprefix("."))
-    graph.set_tensor(layer.weight, scaled(weight.double(), factor, layer).to(weight.dtype))
+    if (quantizer := _grid_by_channel(graph, layer)) is None:
+        graph.set_tensor(layer.weight, scaled(weight.double(), factor, layer).to(weight.dtype))
+    else:
+        _scale_grid(graph, layer, quantizer, factor)
     graph.set_tensor(name, bias.to(weight.dtype), parameter=True)
     if layer.bias is None:
         _set_arguments(layer.node, {"bias": graph.attribute(name, layer.node)})
     norm.replace_all_uses_with(layer.node)
     graph.fx.erase_node(norm)
+
+
+def _grid_by_channel(graph: Graph, layer: Layer) -> fx.Node | None:
+    """The quantizer of the layer's weight, when each output has its own scale on a grid that is the same for both signs."""
+    node = layer.quantizer()
+    if node is None or read(node, "axis") != layer.axis or read(node, "quant_min") != -int(read(node, "quant_max")):
+        return None
+    scale, zero = (graph.tensor(str(source(read(node, name)))) for name in ("scale", "zero_point"))
+    return node if scale.numel() == shape(layer.node)[1] and not zero.any() else None
+
+
+def _scale_grid(graph: Graph, layer: Layer, quantizer: fx.Node, factor: Tensor) -> None:
+    """Multiplies a quantized weight by a factor per output [outputs]: the integers stay, or change their sign, and the scales take it up."""
+    name = str(source(read(quantizer, "scale")))
+    weight, scale = graph.tensor(layer.weight).detach(), graph.tensor(name).detach()
+    integers = to_integers(weight, graph, quantizer)
+    form = [-1 if dim == layer.axis else 1 for dim in range(weight.ndim)]
+    integers = integers * factor.sign().to(integers).reshape(form)
+    graph.set_tensor(name, (scale.double() * factor.abs()).clamp_min(_SMALLEST_SCALE).to(scale.dtype))
+    graph.set_tensor(layer.weight, from_integers(integers, graph, quantizer))
 
 
 def _free_name(graph: Graph, name: str) -> str:
