@@ -7,7 +7,7 @@ from typing import Any
 
 from .words import amount, duration, size
 
-MEASURES = (("bytes", "Bytes", size), ("parameters", "Parameters", amount), ("macs", "MACs", amount), ("ms", "Time", duration))
+MEASURES = (("bytes", "Bytes", size), ("parameters", "Parameters", amount), ("macs", "MACs", amount), ("ms", "Time in PyTorch", duration))
 MOST = 60  # layers shown; the others are summed up in one row
 
 

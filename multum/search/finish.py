@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from .. import __version__
-from ..analyze import Analysis, analyze
+from ..analyze import Analysis, Row, analyze
 from ..analyze.statistics import Drop
 from ..graph import Graph
 from ..pack import load, sizes
@@ -23,7 +23,7 @@ from ..runtime import Session
 from ..runtime.benchmark import Timing
 from .evaluate import Candidate, Scores, Workshop, writing
 from .judge import Judge
-from .times import full
+from .times import Pair, full
 
 VERSION = 1  # of result.json, see docs/result.md
 FILES = {
@@ -101,7 +101,7 @@ def finish(
         "compressed": _side(chosen, after, profiles[1], pair.candidate),
         "ratios": {"size": original.bytes / chosen.bytes, "speed": pair.headline},
         "drop": _drop(drop, part),
-        "verdict": pair.reason,
+        "verdict": _verdict(pair, profiles[1]),
         "bench": [row.to_data() for row in times.pairs],
         "recipe": chosen.recipe.to_data(),
         "records": chosen.records,
@@ -130,12 +130,13 @@ def _scored(judge: Judge, chosen: Candidate) -> tuple[str | None, Scores | None,
 
 
 def _side(candidate: Candidate, scores: Scores | None, profile: Analysis, timing: Timing) -> dict[str, Any]:
+    times = timing.to_dict()["milliseconds"]
     return {
         "bytes": candidate.bytes,
         "parameters": profile.parameters,
         "macs": profile.macs,
         "score": None if scores is None else float(np.mean(scores)),
-        "latency": {"median": timing.median, "low": min(timing.rounds), "high": max(timing.rounds)},
+        "latency": {"median": times["median"], "low": times["p10"], "high": times["p90"]},
         "memory": timing.memory,
     }
 
@@ -145,7 +146,26 @@ def _drop(drop: Drop | None, part: str | None) -> dict[str, Any] | None:
 
 
 def _layers(profiles: tuple[Analysis, Analysis], coded: Mapping[str, int]) -> list[dict[str, Any]]:
-    return []
+    """Every layer of the original beside what became of it; its bytes afterwards are those in the file."""
+    before, after = ({row.name: row for row in profile.layers if row.kind != "operator"} for profile in profiles)
+    rows = []
+    for name, row in before.items():
+        now = after.get(name)
+        left = None if now is None else _measures(now) | {"bytes": sum(coded.get(tensor, 0) for tensor in now.tensors)}
+        rows.append({"name": name, "kind": row.kind, "before": _measures(row), "after": left})
+    return rows
+
+
+def _measures(row: Row) -> dict[str, Any]:
+    return {"parameters": row.parameters, "macs": row.macs, "bytes": row.bytes, "ms": row.ms}
+
+
+def _verdict(pair: Pair, profile: Analysis) -> str:
+    """What was measured; where there is no gain, also which layers take the time."""
+    if pair.low is not None and pair.low > 1:
+        return pair.reason
+    slowest = sorted((row for row in profile.layers if row.ms), key=lambda row: -(row.ms or 0.0))[:3]
+    return f"{pair.reason}; not faster: most of the time goes to {', '.join(row.name for row in slowest)}"
 
 
 def _publish(out: Path, copies: Mapping[str, Path], texts: Mapping[str, str]) -> None:

@@ -80,9 +80,10 @@ class Walk:
 
     def _climb(self, step: Try) -> None:
         """Measures the rung without its training, then, unless that is enough, with it."""
-        step = self._fastest(step)
-        self.tried.append(step)
         target, judge = self.judge.target, self.judge
+        if all(step.candidate.folder != other.candidate.folder for other in self.tried):
+            step = self._fastest(step)
+            self.tried.append(step)
         if not step.rung.trains or judge.safe(step.candidate) or "speed" in judge.missed(step.candidate):
             return
         drop = judge.drop(self.original.scores, step.candidate.scores)
