@@ -57,7 +57,7 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
             base += node.module.split(".") if node.module else []
             targets = [[*base, name.name] for name in node.names]
         for target in targets:
-            if target[0] == "multum":
+            if target[0] == "multum" and target[1:] != ["__version__"]:
                 yield (target[1] if len(target) > 1 and floor(target[1]) >= 0 else "__init__"), node.lineno
 
 
