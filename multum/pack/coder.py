@@ -23,7 +23,7 @@ Ints = NDArray[np.int64]
 Parts = list[bytes]
 DTYPES = ("float32", "float16", "uint16", "int8", "uint8", "int16", "int32", "int64", "bool", "float64", "uint32", "uint64")
 RAW, PLANES, INTEGERS, FLOATS, PALETTE = range(5)
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16
 _COLORS = 1024  # values in a palette
 _COLOR_HEAD = struct.Struct("<HHQ")  # colors, index of the one nearest to zero, bytes of the coded colors
 _PROBE = 1 << 16  # bytes, three times, on which large arrays are tried
@@ -67,7 +67,7 @@ def _candidates(arrays: Sequence[Array]) -> Iterator[Parts]:
         yield [bytes([INTEGERS]), *found]
     if name in floats.MANTISSA:
         yield [bytes([FLOATS]), *floats.encode(arrays)]
-    if (colors := _colors(arrays)) is not None:
+    if not (arrays[0].dtype.kind in "iub" and integers.direct(arrays)) and (colors := _colors(arrays)) is not None:
         yield [bytes([PALETTE]), *_encode_palette(arrays, colors)]
     if small or _repeats(arrays[0]):
         yield [bytes([PLANES]), compress(b"".join(_planes(a) for a in arrays), 9)]

@@ -1,6 +1,7 @@
 """Coding of floats, exact to the bit: octave and leading bits as a context-modelled symbol, the other bits as they are.
 
-The two zeros are symbols of their own (a mask leaves many of both). Trailing bits that are zero throughout a tensor, and the sign of a tensor without negative numbers, cost nothing.
+The two zeros are symbols of their own (a mask leaves many of both). Trailing bits that are zero
+throughout a tensor, and the sign of a tensor without negative numbers, cost nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .symbols import Decoder, Encoder, Histograms, mean_code, mean_of
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
 _HEAD = struct.Struct("<BBHHQ")  # leading bits, mean, smallest symbol but those of zeros, how many more, bytes of the range coder
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16
 _SEVERAL = 1 << 18  # values; fewer are tried with and without leading bits
 _OCTAVES = 12  # below the largest value that contexts tell apart
 _MOST = 1 << 12  # symbols

@@ -17,7 +17,7 @@ Ints = NDArray[np.int64]
 _HEAD = struct.Struct("<iHB")  # lowest level or bucket; how many more, times two, plus one for levels; mean magnitude
 _DIRECT = 64  # levels that are symbols themselves
 _SUB = 3  # leading bits of a bucket behind the first one
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16
 _LIMIT = 1 << 31  # magnitudes that can be coded
 _BUCKETS = 31 - _SUB + 1 << _SUB  # in which they fall
 
@@ -36,41 +36,51 @@ def _lowest(bucket: Ints) -> tuple[Ints, Ints]:
     return np.sign(bucket) * ((index - (shift << _SUB)) << shift), shift
 
 
+def direct(arrays: Sequence[Array]) -> bool:
+    """Whether the arrays have so few levels that each is a symbol."""
+    low, high = _range(arrays)
+    return high - low < _DIRECT
+
+
+def _range(arrays: Sequence[Array]) -> tuple[int, int]:
+    filled = [a for a in arrays if a.size]
+    return min(int(a.min()) for a in filled), max(int(a.max()) for a in filled)
+
+
 def encode(arrays: Sequence[Array]) -> list[bytes] | None:
     """The arrays, of one integer dtype, in one stream; ``None`` when a value is too large."""
-    filled = [a for a in arrays if a.size]
-    low, high = min(int(a.min()) for a in filled), max(int(a.max()) for a in filled)
+    low, high = _range(arrays)
     if low <= -_LIMIT or high >= _LIMIT:
         return None
     size = sum(a.size for a in arrays)
     # Magnitudes as symbols.py sees them; in parts, to bound the memory.
     mean = mean_code(sum(float(np.abs(part.astype(np.int64)).sum()) for a in arrays for part in _parts(a.reshape(-1))) / size)
-    stream, direct = Encoder(), high - low < _DIRECT
-    if not direct:
+    stream, few = Encoder(), high - low < _DIRECT
+    if not few:
         low, high = (int(buckets(np.array([v]))[0][0]) for v in (low, high))
-    histograms = _histograms(low, high, direct, mean, size)
+    histograms = _histograms(low, high, few, mean, size)
     for array in arrays:
         flat = array.reshape(-1)
-        stream.add(flat if direct else _bucketed(flat), low, array.shape, histograms)
-    if not direct:
+        stream.add(flat if few else _bucketed(flat), low, array.shape, histograms)
+    if not few:
         for array in arrays:
             for part in _parts(array.reshape(-1)):
                 _add_open_bits(stream, part.astype(np.int64))
-    return [_HEAD.pack(low, (high - low) << 1 | direct, mean), stream.data()]
+    return [_HEAD.pack(low, (high - low) << 1 | few, mean), stream.data()]
 
 
 def decode(data: memoryview, dtype: np.dtype[Any], shapes: Sequence[Sequence[int]]) -> list[Array]:
     low, form, mean = _HEAD.unpack_from(data)
-    span, direct = form >> 1, bool(form & 1)
-    if span >= _DIRECT if direct else not -_BUCKETS < low <= low + span < _BUCKETS:
+    span, few = form >> 1, bool(form & 1)
+    if span >= _DIRECT if few else not -_BUCKETS < low <= low + span < _BUCKETS:
         raise ValueError("impossible parameters of integers")
     sizes = [math.prod(shape) for shape in shapes]
-    histograms = _histograms(low, low + span, direct, mean, sum(sizes))
+    histograms = _histograms(low, low + span, few, mean, sum(sizes))
     stream, found = Decoder(data[_HEAD.size :]), []
     for size, shape in zip(sizes, shapes, strict=True):
-        found.append(np.empty(size, dtype if direct else np.int16))
+        found.append(np.empty(size, dtype if few else np.int16))
         stream.take(found[-1], low, shape, histograms)
-    if not direct:
+    if not few:
         for i, bucket in enumerate(found):
             found[i] = np.empty(bucket.size, dtype)
             for here, part in zip(_parts(found[i]), _parts(bucket), strict=True):
@@ -78,9 +88,9 @@ def decode(data: memoryview, dtype: np.dtype[Any], shapes: Sequence[Sequence[int
     return [flat.reshape(shape) for flat, shape in zip(found, shapes, strict=True)]
 
 
-def _histograms(low: int, high: int, direct: bool, mean: int, size: int) -> Histograms:
+def _histograms(low: int, high: int, few: bool, mean: int, size: int) -> Histograms:
     values = np.arange(low, high + 1, dtype=np.int64)
-    return Histograms(values if direct else _lowest(values)[0], mean_of(mean), size)
+    return Histograms(values if few else _lowest(values)[0], mean_of(mean), size)
 
 
 def _parts(flat: Array) -> Iterator[Array]:

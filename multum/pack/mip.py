@@ -37,9 +37,10 @@ MAGIC, MAJOR, MINOR = b"\x89MIP\r\n\x1a\n", 1, 0
 _HEAD, _FOOT = struct.Struct("<8sBB"), struct.Struct("<III")
 _NAME = re.compile(r"[^\x00-\x1f\x7f\\]{1,512}")
 _HEADER_LIMIT = 1 << 28  # bytes of the plain header
-_SMALL = 1 << 16  # bytes: a smaller array shares a stream with others of its dtype
+_SMALL, _SHARED = 1 << 16, 1 << 20  # bytes: a smaller array shares a stream with others of its kind; a stream is full
 _FREE, _RATIO = 1 << 28, 1024  # a file may declare _FREE bytes of arrays, and _RATIO more for each byte that it has
 _RANK = 64
+_KEPT = 8  # shared streams that stay decoded
 Array = NDArray[Any]
 Path_ = str | os.PathLike[str]
 
@@ -105,6 +106,8 @@ def _write(file: BinaryIO, meta: Mapping[str, Any], tensors: Mapping[str, Array]
     padding = max(0, -(-(raw - _FREE) // _RATIO) - file.tell())
     file.write(bytes(padding))
     plain = _dump({"meta": meta, "padding": padding, "streams": table} if padding else {"meta": meta, "streams": table})
+    if len(plain) > _HEADER_LIMIT:
+        raise FileError(f"Meta data and names of {len(plain)} bytes.", f"at most {_HEADER_LIMIT}", "store what is large as a tensor.")
     packed = coder.compress(plain)
     lengths = struct.pack("<II", len(packed), len(plain))
     file.write(packed + lengths + struct.pack("<I", zlib.crc32(head + packed + lengths)))
@@ -112,18 +115,19 @@ def _write(file: BinaryIO, meta: Mapping[str, Any], tensors: Mapping[str, Array]
 
 
 def _grouped(tensors: Mapping[str, Array]) -> Iterator[tuple[list[str], list[Array]]]:
-    """The arrays by stream: a large one alone, small ones of one dtype together."""
-    pending: dict[str, tuple[list[str], list[Array]]] = {}
+    """The arrays by stream: a large one alone; small ones of one dtype together, vectors and weights apart."""
+    pending: dict[tuple[str, bool], tuple[list[str], list[Array]]] = {}
     for name, array in tensors.items():
         _check_name(name)
         if array.nbytes >= _SMALL:
             yield [name], [array]
             continue
-        names, arrays = pending.setdefault(array.dtype.name, ([], []))
+        kind = array.dtype.name, array.ndim > 1
+        names, arrays = pending.setdefault(kind, ([], []))
         names.append(name)
         arrays.append(array)
-        if sum(a.nbytes for a in arrays) >= 16 * _SMALL:
-            yield pending.pop(array.dtype.name)
+        if sum(a.nbytes for a in arrays) >= _SHARED:
+            yield pending.pop(kind)
     yield from pending.values()
 
 
@@ -170,16 +174,21 @@ class _Tensors(Mapping[str, Array]):
     def __init__(self, path: str, file: BinaryIO, streams: list[_Stream]):
         self._path, self._file, self._lock = path, file, Lock()
         self._place = {name: (stream, i) for stream in streams for i, name in enumerate(stream.names)}
-        self._shared: dict[int, list[Array]] = {}
+        self._shared: dict[int, list[Array]] = {}  # decoded streams by their offset; the latest few
         weakref.finalize(self, file.close)
 
     def __getitem__(self, name: str) -> Array:
         stream, index = self._place[name]
         if len(stream.names) == 1:
             return self._decode(stream)[0]
-        if stream.offset not in self._shared:
-            self._shared[stream.offset] = self._decode(stream)
-        return self._shared[stream.offset][index].copy()
+        arrays = self._shared.get(stream.offset)
+        if arrays is None:
+            arrays = self._decode(stream)
+            with self._lock:
+                self._shared[stream.offset] = arrays
+                if len(self._shared) > _KEPT:
+                    del self._shared[next(iter(self._shared))]
+        return arrays[index].copy()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._place)

@@ -21,14 +21,15 @@ Floats = NDArray[np.float64]
 # Codes the symbols at these positions of a tensor with a model, and returns them.
 Exchange = Callable[[Ints, Any], NDArray[np.int32]]
 
-_BATCH = 1 << 18  # symbols; bounds the memory
-_FIRST, _GROWTH = 64, 8  # a batch is at least the first, and a _GROWTH-th of what is known
+_BATCH = 1 << 16  # symbols; bounds the memory
+_FIRST, _GROWTH = 32, 6  # a batch is at least the first, and a _GROWTH-th of what is known
 _LOWEST = 6  # octaves below 1 that are told apart
 _LEANS = (0.5, 2.0)  # times the predicted magnitude
 _UNIT, _FINE = 64, 1024  # weight of one seen symbol, and fractions of one in a prior
 _MANY = 1 << 19  # symbols in a stream that can fill finer classes of magnitude
 _TRUST = (16, 4)  # symbols that a prediction outweighs: of a channel, of a kernel
-_PRIOR, _SHAPE, _OTHERS = 40, 8, 4
+_PRIOR, _SHAPE, _OTHERS = 60, 20, 4  # symbols that a prior is worth; of them, and of a neighbour's symbols, in the prior itself
+_BELL = 1.5  # width of the bell curve, times the predicted magnitude
 
 
 def mean_code(mean: float) -> int:
@@ -53,13 +54,19 @@ class Histograms:
         self.steps = 2 if size >= _MANY else 1
         self.leans = 2 * len(_LEANS) + 1 if values.min() < 0 < values.max() else 1
         self.classes = (_LOWEST + int(np.abs(values).max()).bit_length() + 1) << self.steps
-        self.counts = np.zeros((self.classes * self.leans, values.size), np.int64)
+        # A class more at either end, so that each has neighbours.
+        self.counts = np.zeros(((self.classes + 2) * self.leans, values.size), np.int64)
+        part = 1 << self.steps
+        widths = np.array([math.ldexp(1 + i % part / part, i // part - _LOWEST) for i in range(-1, self.classes + 1)])
+        ratio = values / (_BELL * widths[:, None])
+        bell = 1 / ((1 + ratio * ratio) * (1 + ratio * ratio))
+        self._bell = np.floor(bell * (_SHAPE * _FINE / np.cumsum(bell, 1)[:, -1:])).astype(np.int64)
 
     def classify(self, expected: Floats, lean: Ints | None) -> Ints:
         """The context of each symbol, from its predicted magnitude and the sum of the known symbols of its kernel."""
         # The bits of a positive double, read as an integer, are a piecewise linear logarithm.
         step = (expected.view(np.int64) >> (52 - self.steps)) - ((1023 - _LOWEST) << self.steps)
-        context: Ints = np.clip(step, 0, self.classes - 1) * self.leans
+        context: Ints = (np.clip(step, 0, self.classes - 1) + 1) * self.leans
         if lean is None or self.leans == 1:
             return context
         context += len(_LEANS)
@@ -67,19 +74,14 @@ class Histograms:
             context += (lean > limit * expected).astype(np.int64) - (lean < -limit * expected)
         return context
 
-    def weights(self, context: int, own: Ints) -> Floats:
-        """Weights [K] of the symbols: seen in this tensor, and a prior from neighbouring contexts, other tensors and a bell curve."""
-        octave, part = divmod(context // self.leans, 1 << self.steps)
-        width = math.ldexp(1 + part / (1 << self.steps), octave - _LOWEST)
-        ratio = self.values / width
-        bell = 1 / ((1 + ratio * ratio) * (1 + ratio * ratio))
-        near = _OTHERS * self.counts[context]
-        for other in (context - self.leans, context + self.leans):
-            if 0 <= other < len(own):
-                near = near + own[other] + self.counts[other]
-        base = near * _FINE + np.floor(bell * (_SHAPE * _FINE / float(np.cumsum(bell)[-1])))
-        prior = np.floor(base * (_PRIOR * _UNIT / max(1.0, float(base.sum()))))
-        return np.asarray(own[context] * _UNIT + prior + 1, np.float64)
+    def weights(self, contexts: Ints, own: Ints) -> Floats:
+        """Weights [contexts, K] of the symbols: seen in this tensor, and a prior from neighbours, other tensors and a bell curve."""
+        near = _OTHERS * self.counts[contexts]
+        for other in (contexts - self.leans, contexts + self.leans):
+            near += own[other] + self.counts[other]
+        base = near * _FINE + self._bell[contexts // self.leans]
+        prior = np.floor(base * (_PRIOR * _UNIT / base.sum(1, keepdims=True)))
+        return np.asarray(own[contexts] * _UNIT + prior + 1, np.float64)
 
 
 class _Groups:
@@ -138,6 +140,8 @@ def _batches(count: int) -> Iterator[Ints]:
 
 def _transfer(shape: Sequence[int], histograms: Histograms, exchange: Exchange) -> None:
     """Moves the symbols of one tensor through ``exchange``, which encodes or decodes them; the models come out the same."""
+    if math.prod(shape) == 0:
+        return
     known, own, values = _Groups(shape, histograms.mean), np.zeros_like(histograms.counts), histograms.values
     for positions in _batches(math.prod(shape)):
         contexts = histograms.classify(*known.predict(positions))
@@ -145,8 +149,9 @@ def _transfer(shape: Sequence[int], histograms: Histograms, exchange: Exchange) 
         positions, contexts = positions[order], contexts[order]
         starts = np.flatnonzero(np.diff(contexts, prepend=-1))
         symbols = np.empty(positions.size, np.int32)
-        for start, end in zip(starts, [*starts[1:], positions.size], strict=True):
-            model = constriction.stream.model.Categorical(histograms.weights(int(contexts[start]), own), perfect=False)
+        weights = histograms.weights(contexts[starts], own)
+        for start, end, row in zip(starts, [*starts[1:], positions.size], weights, strict=True):
+            model = constriction.stream.model.Categorical(row, perfect=False)
             symbols[start:end] = exchange(positions[start:end], model)
         np.add.at(own, (contexts, symbols), 1)
         known.learn(positions, values[symbols])
