@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .model import Graph, Tensors, _meta, aten
 # Asserts and markers that torch.export leaves in the graph; they compute nothing.
 _MARKERS = ("_assert", "sym_constrain_range", "_guards_fn")
 _MOST_TRIED = 12
+_SCATTERS: dict[Any, Any] = {aten.select.int: aten.select_scatter.default, aten.slice.Tensor: aten.slice_scatter.default}
 
 
 def capture(model: nn.Module, example: Any) -> Graph:
@@ -161,7 +163,7 @@ def _copy(node: fx.Node, operators: fx.Graph, made: dict[fx.Node, Any], module: 
         copied.target = target
         made[node] = copied
         if target is not node.target:
-            _redirect(node.args[0], node, made)  # type: ignore[arg-type]
+            _redirect(node.args[0], node, operators, made)  # type: ignore[arg-type]
         return
     made[node] = operators.node_copy(node, lambda n: made[n])
 
@@ -202,17 +204,42 @@ def _plain(node: fx.Node) -> Callable[..., Any]:
     )
 
 
-def _redirect(changed: fx.Node, by: fx.Node, made: dict[fx.Node, Any]) -> None:
-    """After an in-place operator its input's name means the new value: for the input itself and what it aliases."""
-    if changed.op not in ("placeholder", "get_attr") and isinstance(changed.target, torch._ops.OpOverload):
-        aliases = any(argument.alias_info is not None for argument in changed.target._schema.returns)
-        if aliases and not changed.target._schema.is_mutable and any(u is not changed for u in changed.args[0].users):  # type: ignore[union-attr]
-            raise CaptureError(
-                f"The operator {by.target} in {_where(by)!r} changes part of a tensor through a view.",
-                "operators that return a new tensor",
-                "write the assignment as an expression (torch.where, torch.cat)",
-            )
-    made[changed] = made[by]
+def _redirect(changed: fx.Node, by: fx.Node, operators: fx.Graph, made: dict[fx.Node, Any]) -> None:
+    """After an in-place operator, its input means the new value, and so does everything that shares memory with it.
+
+    A change through slices of a tensor is scattered back into it; through other views it is refused when it would be seen.
+    """
+    chain = [changed]
+    while _is_view(chain[-1]):
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    made[changed] = value = made[by]
+    reach = max((i for i, node in enumerate(chain) if any(by < user for user in node.users)), default=0)
+    path = list(itertools.pairwise(chain[: reach + 1]))
+    stale = any(view < by and view not in chain and any(by < user for user in view.users) for view in _views(chain[-1]))
+    if stale or any(view.target not in _SCATTERS for view, _ in path):
+        raise CaptureError(
+            f"The operator {by.target} in {_where(by)!r} changes part of a tensor through a view.",
+            "operators that return a new tensor",
+            "write the assignment as an expression (torch.where, torch.cat)",
+        )
+    for view, before in path:
+        scatter = _SCATTERS[view.target]
+        value = operators.call_function(scatter, (made[before], value, *fx.map_arg(view.args[1:], lambda n: made[n])))
+        value.meta = _notes(by) | {"val": None}
+        made[before] = value
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and not schema.is_mutable and any(argument.alias_info is not None for argument in schema.returns)
+
+
+def _views(node: fx.Node) -> Iterator[fx.Node]:
+    """Everything that shares memory with `node`."""
+    for user in node.users:
+        if _is_view(user) and user.args[0] is node:
+            yield user
+            yield from _views(user)
 
 
 def _trains_always(node: fx.Node) -> bool:

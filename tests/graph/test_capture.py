@@ -1,0 +1,291 @@
+"""A captured graph computes what the model computes, under the model's own names; what cannot be captured says why."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from multum import capture
+from multum.errors import CaptureError, GraphError
+from multum.graph import layers
+from multum.graph.model import aten
+from multum.testing import ZOO
+
+BY_HAND = [name for name in ZOO if name not in ("bert", "distilbert", "vit", "gpt2", "llama", "t5_encoder")]
+
+
+def flat(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if hasattr(value, "values") else value
+    return [leaf for part in parts for leaf in flat(part)]
+
+
+def run(model, example):
+    if isinstance(example, dict):
+        return flat(model(**example))
+    return flat(model(*example)) if isinstance(example, tuple) else flat(model(example))
+
+
+class Lambda(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.function = function
+
+    def forward(self, *args, **kwargs):
+        return self.function(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_eval_equals_the_model(name):
+    model, example = ZOO[name]()
+    graph = capture(model, example)
+    assert not graph.training
+    with torch.no_grad():
+        for expected, found in zip(run(model, example), run(graph, example), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "distilbert", "vit", "gpt2", "llama", "t5_encoder"])
+def test_transformers_equal_the_model(name):
+    pytest.importorskip("transformers")
+    test_eval_equals_the_model(name)
+
+
+def test_training_equals_the_model_with_gradients_and_running_statistics():
+    model, example = ZOO["resnet"]()
+    graph = capture(model, example)
+    model.train(), graph.train()
+    for _ in range(2):
+        for network in (model, graph):
+            network(example).square().sum().backward()
+    parameters = dict(graph.tensors.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameters[name].grad, parameter.grad, rtol=1e-4, atol=1e-5)
+    buffers = dict(graph.tensors.named_buffers())
+    for name, buffer in model.named_buffers():
+        if "num_batches" not in name:
+            torch.testing.assert_close(buffers[name], buffer, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(graph.eval()(example), model.eval()(example), rtol=1e-5, atol=1e-5)
+
+
+def test_drop_out_works_only_in_training():
+    graph = capture(nn.Sequential(nn.Linear(4, 200), nn.Dropout(0.5)), torch.randn(2, 4))
+    x = torch.randn(2, 4)
+    assert torch.equal(graph(x), graph(x))
+    graph.train()
+    assert 0.3 < (graph(x) == 0).float().mean() < 0.7
+
+
+def test_the_model_is_not_changed():
+    model, example = ZOO["resnet"]()
+    model.train()
+    model[0].eval()
+    before = copy.deepcopy(model.state_dict())
+    graph = capture(model, example)
+    assert [m.training for m in model[:3]] == [False, True, True]
+    graph.train()(example)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_names_are_the_models_own():
+    model, example = ZOO["resnet"]()
+    graph = capture(model, example)
+    own = {name: value for name, value in model.state_dict().items() if "num_batches" not in name}
+    assert {name: tuple(value.shape) for name, value in graph.named_tensors()} == {name: tuple(v.shape) for name, v in own.items()}
+    assert [layer.name for layer in layers(graph) if layer.kind == "conv"][:3] == ["0.0", "1.conv1.0", "1.conv2"]
+
+
+def test_tied_weights_are_one_tensor():
+    model, example = ZOO["tied_weights"]()
+    graph = capture(model, example)
+    names = [name for name, _ in graph.named_tensors()]
+    assert len(names) == 3
+    assert len({layer.weight for layer in layers(graph) if layer.kind in ("embedding", "linear")}) == 2
+    with torch.no_grad():
+        graph.tensor(names[0]).zero_()
+    assert sum(tensor.numel() for _, tensor in graph.named_tensors()) == sum(p.numel() for p in model.parameters())
+
+
+def test_frozen_parameters_stay_frozen():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    graph = capture(model, torch.randn(2, 3))
+    assert [p.requires_grad for _, p in graph.tensors.named_parameters()] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x.clone().relu_().mul_(m.scale).add_(1),
+        lambda m, x: nn.functional.relu(x * m.scale, inplace=True),
+        lambda m, x: (x * m.scale).clamp_(-1, 1).unsqueeze_(1),
+        lambda m, x: torch.zeros_like(x).copy_(x) * m.scale,
+    ],
+)
+def test_in_place_operators_become_plain(function):
+    model, x = Lambda(function), torch.randn(3, 4)
+    graph = capture(model, x.clone())
+    assert not any(node.target._schema.is_mutable for node in graph.fx.nodes if isinstance(node.target, torch._ops.OpOverload))
+    torch.testing.assert_close(graph(x.clone()), model(x.clone()))
+
+
+def test_an_in_place_change_is_seen_by_later_readers_of_the_tensor():
+    def function(m, x):
+        y = x * m.scale
+        z = y.relu_()
+        return y + z
+
+    x = torch.randn(3, 4)
+    graph = capture(Lambda(function), x)
+    torch.testing.assert_close(graph(x), 2 * (2 * x).relu())
+
+
+def zero_column(m, x):
+    y = x * m.scale
+    y[:, 0].zero_()
+    return y
+
+
+def assign_block(m, x):
+    y = x * m.scale
+    z = y + 1
+    y[:, 1:3] = x[:, :2]
+    return y + z
+
+
+def assign_to_input(m, x):
+    x[:, 0] = 3.0
+    return x * m.scale
+
+
+@pytest.mark.parametrize("function", [zero_column, assign_block, assign_to_input])
+def test_assignments_to_slices_are_kept(function):
+    model, x = Lambda(function), torch.randn(3, 4)
+    torch.testing.assert_close(capture(model, x.clone())(x.clone()), model(x.clone()))
+
+
+def through_a_transpose(m, x):
+    y = x * m.scale
+    y.transpose(0, 1).relu_()
+    return y
+
+
+def seen_by_an_older_view(m, x):
+    y = x * m.scale
+    column = y[:, 1]
+    y[:, 1:3] = 7.0
+    return column
+
+
+def seen_by_a_view_of_the_whole(m, x):
+    y = x * m.scale
+    column = y[:, 1]
+    y.relu_()
+    return column
+
+
+@pytest.mark.parametrize("function", [through_a_transpose, seen_by_an_older_view, seen_by_a_view_of_the_whole])
+def test_other_changes_through_views_are_refused(function):
+    with pytest.raises(CaptureError, match="through a view") as caught:
+        capture(Lambda(function), torch.randn(3, 4))
+    assert "torch.where" in caught.value.do
+
+
+def test_blocks_under_no_grad_and_autocast_are_inlined():
+    def function(m, x):
+        with torch.no_grad():
+            y = x * m.scale
+        with torch.autocast("cpu", enabled=False):
+            return y @ y.transpose(0, 1)[:, :1]
+
+    x = torch.randn(3, 4)
+    graph = capture(Lambda(function), x)
+    assert not any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.fx.nodes)
+    torch.testing.assert_close(graph(x), (2 * x) @ (2 * x).T[:, :1])
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_an_example_of_one_sample_leaves_the_batch_free(size):
+    model, _ = ZOO["resnet"]()
+    graph = capture(model, torch.randn(1, 3, 16, 16))
+    x = torch.randn(size, 3, 16, 16)
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_nested_inputs_and_outputs_keep_their_structure():
+    model, example = ZOO["keyword_inputs"]()
+    graph = capture(model, example)
+    joined, sides = graph(**example)
+    assert joined.shape == (2, 5)
+    assert set(sides) == {"left", "right"}
+    with pytest.raises(GraphError, match=r"keys \['pair'\]"):
+        graph(pair=example["pair"])
+
+
+def test_constants_of_the_example_are_fixed():
+    graph = capture(Lambda(lambda m, x, double: x * m.scale * (2 if double else 1)), {"x": torch.ones(2, 3), "double": True})
+    assert float(graph(x=torch.ones(1, 3), double=True).detach()[0, 0]) == 4
+    with pytest.raises(GraphError, match="False"):
+        graph(x=torch.ones(1, 3), double=False)
+
+
+def test_batch_norm_without_statistics_trains_always():
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3))
+    x = torch.randn(4, 1, 5, 5)
+    graph = capture(model.eval(), x)
+    torch.testing.assert_close(graph.train().eval()(x), model(x))
+    assert [node.args[5] for node in graph.find(aten.batch_norm.default)] == [True, False]
+
+
+def test_capture_of_a_graph_is_a_copy():
+    graph = capture(nn.Linear(2, 2), torch.randn(2, 2))
+    again = capture(graph, torch.randn(2, 2))
+    assert again is not graph
+    assert again.fingerprint() == graph.fingerprint()
+
+
+def test_a_branch_on_data_names_the_parts_that_can_be_captured():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x if bool((x > 0).any()) else -x)
+
+    with pytest.raises(CaptureError) as caught:
+        capture(Branching(), torch.randn(2, 3))
+    assert "Branching cannot be captured whole" in caught.value.given
+    assert caught.value.do.endswith("these can be captured: stem, head")
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (lambda x: x, torch.ones(2), "The model is a function"),
+        (nn.Linear(2, 2), (), "The example holds no tensor"),
+        (nn.Linear(2, 2), object(), "is a object"),
+        (nn.Linear(3, 2), torch.ones(2, 4), "Linear cannot be captured whole: RuntimeError: .*mat1 and mat2|a and b must"),
+    ],
+)
+def test_wrong_models_and_examples(model, example, message):
+    with pytest.raises((CaptureError, GraphError), match=message):
+        capture(model, example)
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with torch.no_grad():
+        model[0].bias[1] = float("nan")
+    with pytest.raises(CaptureError, match=r"'0\.bias'.*NaN"):
+        capture(model, torch.ones(2, 2))
+
+
+def test_outputs_of_an_unknown_kind_are_named():
+    with pytest.raises((CaptureError, GraphError), match=r"output.* is a object"):
+        capture(Lambda(lambda m, x: {"a": x * m.scale, "b": object()}), torch.ones(2, 2))
