@@ -61,8 +61,8 @@ def analyze(task: TaskRef, as_json: AsJson = False) -> None:
     from .task import load_task
 
     with _working():
-        found = analyze_task(load_task(task))
-    _show(found.to_data(), as_json, lambda: terminal.analysis(found))
+        found = analyze_task(load_task(task)).to_data()
+    _show(found, as_json, lambda: terminal.analysis(found))
 
 
 @app.command(epilog="Example: `multum compress examples/fashion_mnist/task.py --size 1/10 --max-drop 0.5 --out out/`")

@@ -164,7 +164,7 @@ def _verdict(pair: Pair, profile: Analysis) -> str:
     """What was measured; where there is no gain, also which layers take the time."""
     if pair.low is not None and pair.low > 1:
         return pair.reason
-    slowest = sorted((row for row in profile.layers if row.ms), key=lambda row: -(row.ms or 0.0))[:3]
+    slowest = sorted((row for row in profile.layers if row.kind != "operator"), key=lambda row: -(row.ms or 0.0))[:3]
     return f"{pair.reason}; not faster: most of the time goes to {', '.join(row.name for row in slowest)}"
 
 

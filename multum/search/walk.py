@@ -65,7 +65,7 @@ class Walk:
         return None
 
     def _sketch(self, rung: Rung) -> Try:
-        name = f"{rung.name}, before recovery" if rung.trains else rung.name
+        name = f"{rung.name}, not trained" if rung.trains else rung.name
         return Try(rung, self.workshop.build(name, rung.sketch))
 
     def _steps(self, fitting: list[Try]) -> Iterator[Try]:
