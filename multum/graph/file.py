@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import keyword
 import math
 import operator
 from collections.abc import Mapping
@@ -170,17 +171,17 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Graph:
         raise FileError(f"The graph is of version {data['graph']!r}.", f"version {VERSION}", "read it with a newer multum")
     if len(data["nodes"]) > _MOST_NODES:
         raise FileError(f"The graph has {len(data['nodes'])} operators.", f"at most {_MOST_NODES}")
-    spec.check(data["inputs"]), spec.check(data["outputs"])
     operators, nodes = fx.Graph(), list[fx.Node]()
     for row in data["nodes"]:
         node = _node(operators, nodes, row)
         nodes.append(node)
+    _check_ends(data, nodes)
     graph = Graph.__new__(Graph)
     torch.nn.Module.__init__(graph)
     graph.tensors = Tensors()
     buffers = set(data["buffers"])
     for name, tensor in tensors.items():
-        if not all(part.isidentifier() or part.isdecimal() for part in name.split(".")):
+        if not all(_is_name(part) or part.isdecimal() for part in name.split(".")):
             raise ValueError(f"{name!r} names no tensor")
         graph.set_tensor(name, tensor, parameter=name not in buffers and tensor.is_floating_point())
     result = Graph(operators, graph.tensors, data["inputs"], data["outputs"])
@@ -191,10 +192,26 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Graph:
     return result.eval()
 
 
+def _is_name(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
+def _check_ends(data: Mapping[str, Any], nodes: list[fx.Node]) -> None:
+    """What goes in and comes out must fit the structures that are declared."""
+    places = [node.op for node in nodes].count("placeholder")
+    if [part["t"] for part in data["inputs"]["c"]] != ["tuple", "dict"] or spec.check(data["inputs"]) != places:
+        raise ValueError("the inputs do not fit their structure")
+    if [node.op for node in nodes].index("output") != len(nodes) - 1:
+        raise ValueError("operators stand behind the output")
+    results: Any = nodes[-1].args[0]
+    if spec.check(data["outputs"]) != len(results) or not all(isinstance(result, fx.Node) for result in results):
+        raise ValueError("the outputs do not fit their structure")
+
+
 def _node(operators: fx.Graph, nodes: list[fx.Node], row: list[Any]) -> fx.Node:
     match row:
         case ["in", str(name), list(size), str(dtype)]:
-            if not name.isidentifier() or not all(type(n) is int and 0 < n <= 1 << 31 for n in size):
+            if not _is_name(name) or not all(type(n) is int and 0 < n <= 1 << 31 for n in size):
                 raise ValueError(f"{name!r} {size} is no input")
             node = operators.placeholder(name)
             node.meta["val"] = torch.empty(size, dtype=_DTYPES[dtype], device="meta")
