@@ -12,73 +12,76 @@ from torch import Tensor
 
 from ..graph import Graph, Layer
 from ..graph.axes import Group, Groups, output_dim
-from ..graph.model import aten, read
 
 Criterion = Callable[[Graph, Groups, Group], Tensor]
 
 
 def magnitude(graph: Graph, groups: Groups, group: Group) -> Tensor:
-    """L2 norm of the weights that make a channel, as batch normalization scales them, and of those that read it.
+    """How strong a channel is, times the L2 norm of the weights that read it: what the next layers would lose.
 
-    Li et al. 2017, section 3.1, taken over everything that is cut together.
+    Its strength is the scale of the normalization after it, which is its standard deviation, and without one the norm
+    of the weights that make it (Li et al. 2017, section 3.1, there for one layer).
     """
-    return _mean_of_norms(graph, groups, group, 2)
+    return _strength(graph, groups, group, 2)
 
 
 def magnitude_l1(graph: Graph, groups: Groups, group: Group) -> Tensor:
-    """The same with the L1 norm."""
-    return _mean_of_norms(graph, groups, group, 1)
+    """The same with L1 norms."""
+    return _strength(graph, groups, group, 1)
 
 
 def batch_norm(graph: Graph, groups: Groups, group: Group) -> Tensor:
-    """The scale of batch normalization (Liu et al. 2017, section 3); `magnitude` where a group has none."""
-    names = {layer.weight for layer in _layers(groups, group.producers) if layer.node.target is aten.batch_norm.default}
-    scales = [_gather(groups, group, name, 0, graph.tensor(name).detach().double().abs(), 1) for name in sorted(names)]
-    return _normalized(torch.stack(scales).sum(0)) if scales else magnitude(graph, groups, group)
+    """The scale of the normalization alone (Liu et al. 2017, section 3); `magnitude` where a group has none."""
+    scales = list(_scales(graph, groups, group, 1))
+    return _normalized(_joined(scales, 1)) if scales else magnitude(graph, groups, group)
 
 
 CRITERIA: dict[str, Criterion] = {function.__name__: function for function in (magnitude, magnitude_l1, batch_norm)}
 
 
-def _mean_of_norms(graph: Graph, groups: Groups, group: Group, order: int) -> Tensor:
-    norms = list(_norms(graph, groups, group, order))
-    return _normalized(torch.stack([_normalized(norm) for norm in norms]).sum(0)) if norms else torch.ones(group.size)
+def _strength(graph: Graph, groups: Groups, group: Group, order: int) -> Tensor:
+    made = list(_scales(graph, groups, group, order)) or list(_norms(graph, groups, group, group.producers, order))
+    read = list(_norms(graph, groups, group, group.consumers, order))
+    score = torch.ones(group.size, dtype=torch.double)
+    for side in (made, read):
+        if side:
+            score = score * _joined(side, order)
+    return _normalized(score)
 
 
-def _norms(graph: Graph, groups: Groups, group: Group, order: int) -> Iterator[Tensor]:
-    """For each matrix or filter bank that makes or reads the group: the norm of every channel's share of it."""
-    for layer in _layers(groups, (*group.producers, *group.consumers)):
+def _norms(graph: Graph, groups: Groups, group: Group, layers: tuple[str, ...], order: int) -> Iterator[Tensor]:
+    """For each matrix or bank of filters: the norm of every channel's share of it [size]."""
+    made = layers is group.producers
+    for layer in _layers(groups, layers):
         weight = graph.tensor(layer.weight).detach().double()
-        if weight.ndim < 2:
-            continue
-        for dim in (0, 1):
-            if (layer.weight, dim) in group.members:
+        for dim in range(min(weight.ndim, 2) if weight.ndim > 1 else 0):
+            if (layer.weight, dim) in group.members and (dim == output_dim(layer)) is made:
                 rest = [other for other in range(weight.ndim) if other != dim]
-                norm = torch.linalg.vector_norm(weight, order, rest)
-                if dim == output_dim(layer):
-                    norm = norm * _gain(graph, layer, norm)
-                yield _gather(groups, group, layer.weight, dim, norm, order)
+                yield _gather(groups, group, layer.weight, dim, torch.linalg.vector_norm(weight, order, rest), order)
+
+
+def _scales(graph: Graph, groups: Groups, group: Group, order: int) -> Iterator[Tensor]:
+    """The scales of the normalizations of a group [size]."""
+    for layer in _layers(groups, group.producers):
+        if layer.kind == "norm":
+            yield _gather(groups, group, layer.weight, 0, graph.tensor(layer.weight).detach().double().abs(), order)
 
 
 def _gather(groups: Groups, group: Group, tensor: str, dim: int, norm: Tensor, order: int) -> Tensor:
     """Norms along a tensor's dimension [n] put together for each channel of the group [size]."""
-    places = groups.places(tensor, dim, group).to(norm.device)
+    places = groups.places(tensor, dim, group)
     inside = places >= 0
-    sums = torch.zeros(group.size, dtype=norm.dtype, device=norm.device).index_add(0, places[inside], norm[inside] ** order)
-    return (sums ** (1 / order)).cpu()
+    sums = torch.zeros(group.size, dtype=torch.double).index_add(0, places[inside], norm.cpu()[inside] ** order)
+    return sums ** (1 / order)
 
 
-def _gain(graph: Graph, layer: Layer, norm: Tensor) -> Tensor:
-    """What batch normalization after the layer multiplies each output by; one without it."""
-    follower = next(iter(layer.node.users))
-    if follower.target is not aten.batch_norm.default or len(layer.node.users) > 1:
-        return torch.ones_like(norm)
-    variance, scale = (graph.tensor(str(read(follower, name).target)).detach().double() for name in ("running_var", "weight"))
-    return scale.abs() / torch.sqrt(variance + read(follower, "eps"))
+def _joined(norms: list[Tensor], order: int) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(norms), order, 0)
 
 
 def _layers(groups: Groups, names: tuple[str, ...]) -> list[Layer]:
-    return [groups.layers[name] for name in dict.fromkeys(names)]
+    """One layer for each weight: a weight that is used again counts once."""
+    return list({groups.layers[name].weight: groups.layers[name] for name in names}.values())
 
 
 def _normalized(values: Tensor) -> Tensor:
