@@ -6,7 +6,6 @@ A coded stream is a byte that names the coding, and what that coding made of one
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import FileError
 from . import floats, integers
-from .symbols import Decoder, Encoder, Histograms
+from .symbols import Decoder, Encoder, Histograms, pack_numbers, unpack_numbers
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -25,7 +24,6 @@ DTYPES = ("float32", "float16", "uint16", "int8", "uint8", "int16", "int32", "in
 RAW, PLANES, INTEGERS, FLOATS, PALETTE = range(5)
 _CHUNK = 1 << 16
 _COLORS = 1024  # values in a palette
-_COLOR_HEAD = struct.Struct("<HHQ")  # colors, index of the one nearest to zero, bytes of the coded colors
 _PROBE = 1 << 16  # bytes, three times, on which large arrays are tried
 _LARGE = 1 << 22
 _FORMAT = zstandard.FORMAT_ZSTD1_MAGICLESS
@@ -77,7 +75,7 @@ def decode_all(data: bytes | memoryview, dtype: str, shapes: Sequence[Sequence[i
     """The arrays that were coded together. Raises ``FileError`` when ``data`` cannot be arrays of this dtype and these shapes."""
     try:
         return _decode(memoryview(data), dtype, shapes)
-    except (ValueError, IndexError, OverflowError, AssertionError, TypeError, KeyError, struct.error, zstandard.ZstdError) as error:
+    except (ValueError, IndexError, OverflowError, AssertionError, TypeError, KeyError, zstandard.ZstdError) as error:
         raise FileError(f"Coded tensors that cannot be {dtype} {[list(s) for s in shapes][:3]}: {error}.", "what multum wrote") from error
 
 
@@ -164,17 +162,17 @@ def _encode_palette(arrays: Sequence[Array], colors: Ints) -> Parts:
         for here, part in zip(_parts(index), _parts(array.reshape(-1)), strict=True):
             here[:] = np.searchsorted(colors, _ordered(part))
         stream.add(index, 0, array.shape, histograms)
-    return [_COLOR_HEAD.pack(colors.size, near, len(coded)), coded, stream.data()]
+    # The head: colors, the index of the one nearest to zero, bytes of the coded colors.
+    return [pack_numbers(colors.size, near, len(coded)), coded, stream.data()]
 
 
 def _decode_palette(data: memoryview, kind: np.dtype[Any], shapes: Sequence[Sequence[int]]) -> list[Array]:
-    count, near, length = _COLOR_HEAD.unpack_from(data)
-    if not near < count <= _COLORS or data[_COLOR_HEAD.size] == PALETTE:
+    (count, near, length), data = unpack_numbers(data, 3)
+    if not (0 <= near < count <= _COLORS and 0 <= length <= len(data)) or data[0] == PALETTE:
         raise ValueError("impossible palette")
-    start = _COLOR_HEAD.size + length
-    colors = decode(data[_COLOR_HEAD.size : start], kind.name, (count,))
+    colors = decode(data[:length], kind.name, (count,))
     sizes = [math.prod(shape) for shape in shapes]
-    stream, histograms, found = Decoder(data[start:]), _palette(near, count, sum(sizes)), []
+    stream, histograms, found = Decoder(data[length:]), _palette(near, count, sum(sizes)), []
     for size, shape in zip(sizes, shapes, strict=True):
         index = np.empty(size, np.uint16)
         stream.take(index, 0, shape, histograms)

@@ -7,21 +7,20 @@ throughout a tensor, and the sign of a tensor without negative numbers, cost not
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .symbols import Decoder, Encoder, Histograms, mean_code, mean_of
+from .symbols import Decoder, Encoder, Histograms, mean_code, mean_of, pack_numbers, unpack_numbers
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
-_HEAD = struct.Struct("<BBHHQ")  # leading bits, mean, smallest symbol but those of zeros, how many more, bytes of the range coder
 _CHUNK = 1 << 16
 _SEVERAL = 1 << 18  # values; fewer are tried with and without leading bits
 _OCTAVES = 12  # below the largest value that contexts tell apart
+_LEADING = 2  # bits of the mantissa in a symbol
 _MOST = 1 << 12  # symbols
 MANTISSA = {"float32": 23, "float16": 10, "uint16": 7}  # uint16 holds bfloat16
 
@@ -29,7 +28,7 @@ MANTISSA = {"float32": 23, "float16": 10, "uint16": 7}  # uint16 holds bfloat16
 def encode(arrays: Sequence[Array]) -> list[bytes]:
     """The arrays, of one dtype in ``MANTISSA``, as parts of one stream."""
     # Magnitude predicts well inside a large weight, and badly across a crowd of small vectors.
-    leading = (0, 2) if sum(a.size for a in arrays) < _SEVERAL else (2,)
+    leading = (0, _LEADING) if sum(a.size for a in arrays) < _SEVERAL else (_LEADING,)
     return min((_encode(arrays, n) for n in leading), key=lambda parts: sum(map(len, parts)))
 
 
@@ -50,22 +49,23 @@ def _encode(arrays: Sequence[Array], leading: int) -> list[bytes]:
         stream.add(each, 0, array.shape, histograms)
     rest = [_add_rest(stream, part, int(form), mantissa - leading) for w, form in zip(words, forms, strict=True) for part in _parts(w)]
     data = stream.data()
-    return [_HEAD.pack(leading, mean, low, span, len(data)) + data, *rest]
+    # The head: leading bits, mean magnitude, the smallest symbol but those of zeros, how many more, bytes of the range coder.
+    return [pack_numbers(leading, mean, low, span, len(data)), data, *rest]
 
 
 def decode(data: memoryview, dtype: np.dtype[Any], shapes: Sequence[Sequence[int]]) -> list[Array]:
-    leading, mean, low, span, length = _HEAD.unpack_from(data)
-    mantissa, start = MANTISSA[dtype.name], _HEAD.size + length
-    if leading > mantissa or span >= _MOST or start > len(data):
+    (leading, mean, low, span, length), data = unpack_numbers(data, 5)
+    mantissa = MANTISSA[dtype.name]
+    if not (0 <= leading <= _LEADING and 0 <= mean < 256 and 0 <= low <= _MOST and 0 <= span < _MOST and 0 <= length <= len(data)):
         raise ValueError("impossible parameters of floats")
     sizes = [math.prod(shape) for shape in shapes]
-    stream, histograms = Decoder(data[_HEAD.size : start]), Histograms(_values(low, span, leading), mean_of(mean), sum(sizes))
+    stream, histograms = Decoder(data[:length]), Histograms(_values(low, span, leading), mean_of(mean), sum(sizes))
     forms = np.empty(len(shapes), np.int64)
     stream.take(forms, 0, forms.shape, _forms())
     symbols = [np.empty(size, np.uint16) for size in sizes]
     for each, shape in zip(symbols, shapes, strict=True):
         stream.take(each, 0, shape, histograms)
-    found, rest = [], data[start:]
+    found, rest = [], data[length:]
     for each, form, shape in zip(symbols, forms, shapes, strict=True):
         words = np.empty(each.size, f"u{dtype.itemsize}")
         for here, part in zip(_parts(words), _parts(each), strict=True):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .symbols import Decoder, Encoder, Histograms, mean_code, mean_of
+from .symbols import Decoder, Encoder, Histograms, mean_code, mean_of, pack_numbers, unpack_numbers
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
-_HEAD = struct.Struct("<iHB")  # lowest level or bucket; how many more, times two, plus one for levels; mean magnitude
 _DIRECT = 64  # levels that are symbols themselves
 _SUB = 3  # leading bits of a bucket behind the first one
 _CHUNK = 1 << 16
@@ -66,17 +64,17 @@ def encode(arrays: Sequence[Array]) -> list[bytes] | None:
         for array in arrays:
             for part in _parts(array.reshape(-1)):
                 _add_open_bits(stream, part.astype(np.int64))
-    return [_HEAD.pack(low, (high - low) << 1 | few, mean), stream.data()]
+    # The head: the lowest level or bucket, how many more, whether they are levels, and the mean magnitude.
+    return [pack_numbers(low, high - low, few, mean), stream.data()]
 
 
 def decode(data: memoryview, dtype: np.dtype[Any], shapes: Sequence[Sequence[int]]) -> list[Array]:
-    low, form, mean = _HEAD.unpack_from(data)
-    span, few = form >> 1, bool(form & 1)
-    if span >= _DIRECT if few else not -_BUCKETS < low <= low + span < _BUCKETS:
+    (low, span, few, mean), data = unpack_numbers(data, 4)
+    if not (0 <= span < _DIRECT and abs(low) < _LIMIT if few else -_BUCKETS < low <= low + span < _BUCKETS) or not 0 <= mean < 256:
         raise ValueError("impossible parameters of integers")
     sizes = [math.prod(shape) for shape in shapes]
-    histograms = _histograms(low, low + span, few, mean, sum(sizes))
-    stream, found = Decoder(data[_HEAD.size :]), []
+    histograms = _histograms(low, low + span, bool(few), mean, sum(sizes))
+    stream, found = Decoder(data), []
     for size, shape in zip(sizes, shapes, strict=True):
         found.append(np.empty(size, dtype if few else np.int16))
         stream.take(found[-1], low, shape, histograms)

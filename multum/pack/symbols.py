@@ -22,14 +22,40 @@ Floats = NDArray[np.float64]
 Exchange = Callable[[Ints, Any], NDArray[np.int32]]
 
 _BATCH = 1 << 16  # symbols; bounds the memory
-_FIRST, _GROWTH = 32, 6  # a batch is at least the first, and a _GROWTH-th of what is known
+_FIRST, _GROWTH = 16, 6  # a batch is at least the first, and a _GROWTH-th of what is known
 _LOWEST = 6  # octaves below 1 that are told apart
 _LEANS = (0.5, 2.0)  # times the predicted magnitude
 _UNIT, _FINE = 64, 1024  # weight of one seen symbol, and fractions of one in a prior
 _MANY = 1 << 19  # symbols in a stream that can fill finer classes of magnitude
 _TRUST = (16, 4)  # symbols that a prediction outweighs: of a channel, of a kernel
 _PRIOR, _SHAPE, _OTHERS = 60, 20, 4  # symbols that a prior is worth; of them, and of a neighbour's symbols, in the prior itself
-_BELL = 1.5  # width of the bell curve, times the predicted magnitude
+_BELL = 2.0  # width of the bell curve, times the predicted magnitude
+
+
+def pack_numbers(*numbers: int) -> bytes:
+    """Integers, small ones in a byte: seven bits at a time, the lowest first, the sign in front of them."""
+    packed = bytearray()
+    for number in numbers:
+        rest = 2 * number if number >= 0 else -2 * number - 1
+        while rest > 127:
+            packed.append(rest & 127 | 128)
+            rest >>= 7
+        packed.append(rest)
+    return bytes(packed)
+
+
+def unpack_numbers(data: memoryview, count: int) -> tuple[list[int], memoryview]:
+    """``count`` integers, and the data behind them. Raises ``ValueError`` when one is longer than 63 bits."""
+    numbers, place = [], 0
+    for _ in range(count):
+        number = shift = 0
+        while (byte := data[place]) > 127 and shift < 56:
+            number, shift, place = number | (byte & 127) << shift, shift + 7, place + 1
+        if byte > 127:
+            raise ValueError("a number is too long")
+        number, place = number | byte << shift, place + 1
+        numbers.append(-(number >> 1) - 1 if number & 1 else number >> 1)
+    return numbers, data[place:]
 
 
 def mean_code(mean: float) -> int:
