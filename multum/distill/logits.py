@@ -64,9 +64,9 @@ def default_rate(graph: Graph, optimizer: str) -> float:
     """A learning rate for a trained network that has lost something.
 
     Batch normalization makes the outputs independent of the scale of the weights, so that large steps do no harm.
-    Without it, in transformers and where it was folded before quantization, a tenth is safe.
+    Without it, in transformers and where it was folded before quantization, they destroy what is there.
     """
-    rate = 1e-3 if graph.find(aten.batch_norm.default) else 1e-4
+    rate = 2e-3 if graph.find(aten.batch_norm.default) else 1e-4
     return rate * 10 if optimizer == "sgd" else rate
 
 

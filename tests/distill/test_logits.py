@@ -65,7 +65,7 @@ def test_the_student_comes_near_the_teacher_without_any_labels() -> None:
     step = Logits(epochs=30, learning_rate=0.01)
     measured = step.apply(student, step.plan(student, task), task, None)
     assert distance(student, teacher, x) < 0.1 * before
-    assert measured["loss_last"] < 0.2 * measured["loss_first"]
+    assert measured["loss_last"] < 0.3 * measured["loss_first"]
     assert measured["steps"] == 360
     assert teacher.fingerprint() == bits
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -84,13 +84,14 @@ def test_the_tasks_loss_gets_the_rest() -> None:
         assert len(asked) == calls
         assert result.records[0].changes["*"]["alpha"] == alpha
     plan = Logits().plan(capture(Net(), torch.randn(2, 6)), task_of(Net()))
-    assert plan.changes["*"] == {"epochs": 1.0, "learning_rate": 1e-3, "optimizer": "adamw", "temperature": 4.0, "alpha": 1.0}
+    assert plan.changes["*"] == {"epochs": 1.0, "learning_rate": 2e-3, "optimizer": "adamw", "temperature": 4.0, "alpha": 1.0}
 
 
-def test_the_default_rate_is_a_tenth_without_batch_normalization() -> None:
+def test_the_default_rate_is_smaller_without_batch_normalization() -> None:
     with_norm, without = capture(Net(), torch.randn(2, 6)), capture(nn.Linear(6, 3), torch.randn(2, 6))
-    assert default_rate(with_norm, "adamw") == pytest.approx(10 * default_rate(without, "adamw"))
-    assert default_rate(with_norm, "sgd") == pytest.approx(10 * default_rate(with_norm, "adamw"))
+    assert default_rate(with_norm, "adamw") == pytest.approx(2e-3)
+    assert default_rate(without, "adamw") == pytest.approx(1e-4)
+    assert default_rate(with_norm, "sgd") == pytest.approx(2e-2)
 
 
 @pytest.mark.parametrize(
