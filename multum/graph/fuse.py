@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from .file import from_integers, to_integers
-from .layers import Layer, layers, source
+from .layers import KINDS, Layer, layers, source
 from .model import Graph, aten, owners, read, shape
 
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
@@ -142,16 +142,13 @@ def _fold_norm(graph: Graph, layer: Layer, norm: fx.Node) -> None:
     assert variance is not None
     factor = torch.rsqrt(variance + read(norm, "eps"))
     factor = factor if gamma is None else factor * gamma
-    bias = torch.zeros_like(mean) if layer.bias is None else graph.tensor(layer.bias).detach().double()
-    bias = (bias - mean) * factor + (0 if beta is None else beta)
-    name = layer.bias or _free_name(graph, f"{layer.weight.rpartition('.')[0]}.bias".removeprefix("."))
+    name = give_bias(graph, layer)
+    bias = (graph.tensor(name).detach().double() - mean) * factor + (0 if beta is None else beta)
     if (quantizer := _grid_by_channel(graph, layer)) is None:
         graph.set_tensor(layer.weight, scaled(weight.double(), factor, layer).to(weight.dtype))
     else:
         _scale_grid(graph, layer, quantizer, factor)
-    graph.set_tensor(name, bias.to(weight.dtype), parameter=True)
-    if layer.bias is None:
-        _set_arguments(layer.node, {"bias": graph.attribute(name, layer.node)})
+    graph.set_tensor(name, bias.to(weight.dtype))
     norm.replace_all_uses_with(layer.node)
     graph.fx.erase_node(norm)
 
@@ -174,6 +171,22 @@ def _scale_grid(graph: Graph, layer: Layer, quantizer: fx.Node, factor: Tensor) 
     integers = integers * factor.sign().to(integers).reshape(form)
     graph.set_tensor(name, (scale.double() * factor.abs()).clamp_min(_SMALLEST_SCALE).to(scale.dtype))
     graph.set_tensor(layer.weight, from_integers(integers, graph, quantizer))
+
+
+def give_bias(graph: Graph, layer: Layer) -> str:
+    """The name of the layer's bias; a conv or linear layer that has none gets zeros."""
+    if layer.bias is not None:
+        return layer.bias
+    name = _free_name(graph, f"{layer.weight.rpartition('.')[0]}.bias".removeprefix("."))
+    weight = graph.tensor(layer.weight)
+    graph.set_tensor(name, torch.zeros(shape(layer.node)[channel(layer.node)], dtype=weight.dtype, device=weight.device), parameter=True)
+    _set_arguments(layer.node, {"bias": graph.attribute(name, layer.node)})
+    return name
+
+
+def channel(node: fx.Node) -> int:
+    """The dimension of a conv or linear operator's result that counts its outputs."""
+    return -1 if node.target in KINDS["linear"] else 1
 
 
 def _free_name(graph: Graph, name: str) -> str:

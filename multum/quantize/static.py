@@ -12,6 +12,7 @@ from ..graph.fuse import fuse
 from ..graph.layers import QUANTIZERS, source
 from ..step import Plan, Stage, Step, option
 from ..task import Task
+from .bias import correct_biases
 from .grid import affine, unsigned
 from .insert import quantize_values
 from .observers import OBSERVERS, observe
@@ -35,6 +36,7 @@ class Static(Step):
     edges: int = option(8, "least bits of the weights of the first and the last layer")
     observer: str = option("mse", "how ranges are found: mse, percentile or minmax")
     samples: int = option(256, "calibration samples that are looked at")
+    bias_correction: bool = option(True, "shift biases so that rounding leaves the mean outputs as they were")
     include: str | tuple[str, ...] = option("*", "glob patterns of layers")
     exclude: str | tuple[str, ...] = option((), "glob patterns of layers to leave in float")
 
@@ -59,11 +61,14 @@ class Static(Step):
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         _, _, placement = self._prepare(graph, task)
+        original = graph.copy()
         entries = [entry for change in plan.changes.values() for entry in change.values() if "value" in entry]
         quantize_values(graph, placement, {entry["value"]: entry for entry in entries})
         quantize_weights(graph, plan)
         graph.recompile()
-        return {}
+        if not self.bias_correction:
+            return {}
+        return {"bias_shifts": correct_biases(graph, original, plan.changes, task, self.samples)}
 
     def _prepare(self, graph: Graph, task: Task) -> tuple[list[Layer], dict[str, str], Placement]:
         """Changes the float network into an equal one that is quantized well, and says what of it to quantize."""

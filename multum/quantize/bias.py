@@ -1,0 +1,53 @@
+"""Bias correction (Nagel et al. 2019, section 4.2): rounding must not shift the mean of a layer's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+
+from ..graph import Graph, Layer, layers
+from ..graph.fuse import channel, give_bias
+from ..graph.model import aten
+from ..task import Task
+from .observers import Watch, calibration
+
+
+def correct_biases(graph: Graph, original: Graph, names: Container[str], task: Task, samples: int) -> dict[str, float]:
+    """Shifts the biases of these layers until the mean outputs of the quantized graph are those of `original`, on calibration data.
+
+    Both graphs have layers of the same names. The shift is averaged over the batches, and every layer sees what the corrected
+    ones before it make: one pass does, in the memory of one batch. Returns the largest shift in each layer.
+    """
+    wanted = {layer.node: layer for layer in _correctable(graph) if layer.name in names}
+    biases = {node: give_bias(graph, layer) for node, layer in wanted.items()}
+    places = {layer.name: layer.node for layer in layers(original)}
+    before = {name: graph.tensor(name).detach().clone() for name in biases.values()}
+    means: dict[fx.Node, Tensor] = {}
+
+    def note(node: fx.Node, value: Tensor) -> None:
+        means[node] = _mean(value, channel(node))
+
+    def shift(count: int, node: fx.Node, value: Tensor) -> Tensor:
+        missing = (means[places[wanted[node].name]] - _mean(value, channel(node))) / count
+        graph.tensor(biases[node]).data.add_(missing)
+        return value + missing.reshape([-1 if dim == channel(node) % value.ndim else 1 for dim in range(value.ndim)])
+
+    with torch.inference_mode():
+        for count, inputs in enumerate(calibration(task, samples), 1):
+            Watch(original, [places[layer.name] for layer in wanted.values()], note)(inputs)
+            Watch(graph, biases, partial(shift, count))(inputs)
+    return {layer.name: float((graph.tensor(biases[node]) - before[biases[node]]).abs().max()) for node, layer in wanted.items()}
+
+
+def _correctable(graph: Graph) -> list[Layer]:
+    """Layers whose operator takes a bias, and that share theirs with no other."""
+    known = layers(graph)
+    takes = [layer for layer in known if layer.kind == "conv" or layer.node.target in (aten.linear.default, aten.addmm.default)]
+    return [layer for layer in takes if layer.bias is None or sum(other.bias == layer.bias for other in known) == 1]
+
+
+def _mean(value: Tensor, channel: int) -> Tensor:
+    return value.mean([dim for dim in range(value.ndim) if dim != channel % value.ndim])
