@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..errors import GraphError, near
 from . import axis_views as _axis_views  # noqa: F401  (registers its rules)
 from .axis import Axis, atoms, find, fix, kept, mask, places
-from .axis_rules import RULES, Axes, Edit, Trace, fixed, is_pointwise, pointwise, unknown
+from .axis_rules import RULES, Axes, Edit, Trace, fix_all, fixed, is_pointwise, pointwise, unknown
 from .layers import Layer, layers
 from .model import Graph, aten
 
@@ -120,8 +120,7 @@ def axes(graph: Graph) -> Groups:
             _call(trace, node)
         else:
             for result in node.all_input_nodes:
-                for axis in trace.axes(result):
-                    fix(axis, "it is an output of the model")
+                fix_all(trace.axes(result), "it is an output of the model")
     return Groups(trace, layers(graph))
 
 
@@ -136,6 +135,9 @@ def _call(trace: Trace, node: fx.Node) -> None:
         rule = RULES.get(target) or RULES.get(getattr(target, "overloadpacket", None)) or (pointwise if is_pointwise(target) else unknown)
         result = rule(trace, node)
         trace.results[node] = result if _fits(result, value) else unknown(trace, node)
+    else:
+        for given in node.all_input_nodes:
+            fix_all(trace.axes(given), "its size is used as a number")
 
 
 def _fits(result: object, value: object) -> bool:

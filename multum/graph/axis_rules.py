@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .axis import Axis, atoms, fix, product, total, unify
+from .axis import Axis, fix, product, total, unify
 from .model import aten, read, write
 
 Axes = tuple[Axis, ...]
@@ -113,9 +113,10 @@ def pointwise(trace: Trace, node: fx.Node) -> Any:
 
 @rule(aten.prelu)
 def _prelu(trace: Trace, node: fx.Node) -> Any:
-    axes, (slope,) = trace.argument(node, "self"), trace.argument(node, "weight")
-    if slope.size > 1:
-        unify(axes[1], slope)
+    axes = trace.argument(node, "self")
+    for slope in trace.argument(node, "weight"):
+        if slope.size > 1:
+            unify(axes[1], slope)
     return axes
 
 
@@ -168,7 +169,8 @@ def _einsum(trace: Trace, node: fx.Node) -> Any:
         for letter, axis in zip(term, axes, strict=True):
             if letters.setdefault(letter, axis).size == 1:
                 letters[letter] = axis
-            unify(letters[letter], axis) if axis.size > 1 else None
+            elif axis.size > 1:
+                unify(letters[letter], axis)
     return tuple(letters[letter] for letter in output)
 
 
@@ -249,7 +251,7 @@ def _layer_norm(trace: Trace, node: fx.Node) -> Any:
     return x
 
 
-@rule(aten.softmax, aten.log_softmax, aten._softmax, aten._log_softmax, aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.renorm)
+@rule(aten.softmax, aten.log_softmax, aten._softmax, aten._log_softmax, aten.cumsum, aten.cumprod, aten.logcumsumexp)
 def along(trace: Trace, node: fx.Node) -> Any:
     """Mixes the values along one axis and keeps the shape."""
     x = trace.axes(node.args[0])
@@ -407,7 +409,3 @@ def is_pointwise(target: Any) -> bool:
 
 def _name(node: fx.Node) -> str:
     return str(node.target.overloadpacket.__name__)  # type: ignore[union-attr]
-
-
-def is_fixed(axis: Axis) -> bool:
-    return axis.size == 1 or all(atom.reason or atom.size == 1 for atom in atoms(axis))

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from .axis import Axis, cut, fix, product, total, unify
-from .axis_rules import Axes, Kept, Trace, assign, broadcast, fix_all, fixed, is_fixed, rule, shape, unknown
+from .axis_rules import Axes, Kept, Trace, assign, broadcast, fix_all, fixed, rule, shape, unknown
 from .model import aten, read
 
 _BATCH = "its size is computed"
@@ -23,6 +23,8 @@ _WHOLE = "only some of its indices are taken"
 def _reshape(trace: Trace, node: fx.Node) -> Any:
     axes = tuple(Axis(size) for size in shape(node))
     unify(product(axes), product(trace.axes(node.args[0])))
+    if node.target in (aten.view_as.default, aten.reshape_as.default):
+        broadcast([axes, trace.axes(node.args[1])])
     names = {argument.name for argument in node.target._schema.arguments}  # type: ignore[union-attr]
     if name := next((name for name in ("size", "shape", "sizes") if name in names), None):
         start = read(node, "dim") % len(trace.axes(node.args[0])) if "dim" in names else 0
@@ -128,11 +130,11 @@ def _slice(trace: Trace, node: fx.Node) -> Any:
     given, sizes = trace.axes(node.args[0]), shape(node)
     dim = read(node, "dim") % len(given)
     axis = given[dim]
-    if sizes[dim] == axis.size:
-        return given
     narrow = node.target is aten.narrow.default
+    if sizes[dim] == axis.size and not narrow:
+        return given
     start, step = read(node, "start") or 0, read(node, "step", 1)
-    if step != 1 or not isinstance(start, int):
+    if step != 1 or not isinstance(start, int) or not sizes[dim]:
         fix(axis, _WHOLE)
         return (*given[:dim], Axis(sizes[dim], _WHOLE), *given[dim + 1 :])
     start = min(start + axis.size if start < 0 else start, axis.size)
@@ -199,6 +201,8 @@ def _glu(trace: Trace, node: fx.Node) -> Any:
 @rule(aten.pad, aten.constant_pad_nd)
 def _pad(trace: Trace, node: fx.Node) -> Any:
     given, widths = trace.axes(node.args[0]), list(read(node, "pad"))
+    if not all(isinstance(width, int) for width in widths):
+        return unknown(trace, node)
     constant = node.target is aten.constant_pad_nd.default or read(node, "mode") == "constant"
     sides = list(zip(widths[::2], widths[1::2], strict=True))  # the last dimension comes first
     axes, added = list(given), list[tuple[Axis, Axis]]()
@@ -262,8 +266,7 @@ def _unfold(trace: Trace, node: fx.Node) -> Any:
 def _create(trace: Trace, node: fx.Node) -> Any:
     wanted: Sequence[Any] = read(node, "size")
     axes = tuple(Axis(size, None if isinstance(old, int) else _BATCH) for size, old in zip(shape(node), wanted, strict=True))
-    if not all(map(is_fixed, axes)):
-        trace.literal(node, "size", lambda kept: [kept(a) if isinstance(s, int) else s for s, a in zip(wanted, axes, strict=True)])
+    trace.literal(node, "size", lambda kept: [kept(a) if isinstance(s, int) else s for s, a in zip(wanted, axes, strict=True)])
     return axes
 
 

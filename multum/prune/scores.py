@@ -72,11 +72,11 @@ def _gather(groups: Groups, group: Group, tensor: str, dim: int, norm: Tensor, o
     places = groups.places(tensor, dim, group)
     inside = places >= 0
     sums = torch.zeros(group.size, dtype=torch.double).index_add(0, places[inside], norm.cpu()[inside] ** order)
-    return sums ** (1 / order)
+    return sums.pow(1 / order)
 
 
 def _joined(norms: list[Tensor], order: int) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(norms), order, 0)
+    return (torch.stack(norms) ** order).sum(0) ** (1 / order)
 
 
 def _layers(groups: Groups, names: tuple[str, ...]) -> list[Layer]:
