@@ -142,14 +142,15 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a model for another runtime; the file is run and compared before it counts."""
+    from .export import FORMATS
     from .export import export as export_graph
     from .pack import load
 
-    if to != "onnx":
-        raise ExportError(f"There is no export to {to!r}.", "onnx", "use --to onnx")
+    if to not in FORMATS:
+        raise ExportError(f"There is no export to {to!r}.", f"one of {', '.join(FORMATS)}")
     path = output or model.with_suffix(f".{to}")
     with _working():
-        export_graph(load(model), path)
+        export_graph(load(model), path, to)
     data = {"path": str(path), "bytes": path.stat().st_size}
     _show(data, as_json, lambda: f"{path} ({data['bytes']:,} bytes), run and compared")
 
