@@ -1,0 +1,84 @@
+"""Promise 3: a fresh process loads the file, for every method and every pair of methods, without source, data or pickle."""
+
+import itertools
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import multum
+from multum.distill import Logits
+from multum.errors import StepError
+from multum.prune import Channels
+from multum.quantize import Half, Static, WeightOnly
+from multum.step import methods
+
+SHORT = {
+    "prune.Channels": Channels(ratio=0.25),
+    "distill.Logits": Logits(epochs=0.2),
+    "quantize.Static": Static(),
+    "quantize.WeightOnly": WeightOnly(bits=4),
+    "quantize.Half": Half(),
+}
+
+LOADER = textwrap.dedent("""
+    import builtins, sys
+    import torch
+    import multum
+
+    folder, names = sys.argv[1], sys.argv[2:]
+    x = torch.load(f"{folder}/x.pt", weights_only=True)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a pickle was opened")
+
+    import pickle
+    kept = pickle.load, pickle.loads
+    pickle.load = pickle.loads = refuse
+    assert not any(name.startswith(("tests", "conftest")) for name in sys.modules)
+    y = {}
+    with torch.no_grad():
+        for name in names:
+            y[name] = multum.load(f"{folder}/{name}.mip")(x)
+    pickle.load, pickle.loads = kept
+    torch.save(y, f"{folder}/y.pt")
+""")
+
+
+def test_every_method_is_tried_here():
+    assert set(SHORT) == set(methods()), "add the new method, with options that take a second"
+
+
+def test_a_fresh_process_gives_the_same_outputs(task, tmp_path):
+    recipes = [(step,) for step in SHORT.values()] + list(itertools.permutations(SHORT.values(), 2))
+    x = task.validation[0][0]
+    expected, refused = {}, 0
+    for steps in recipes:
+        try:
+            result = multum.compress(task, list(steps))
+        except StepError:  # an order that makes no sense, or weights quantized twice
+            refused += 1
+            continue
+        name = "_".join(step.name() for step in steps)
+        multum.save(result, tmp_path / f"{name}.mip", task)
+        with torch.no_grad():
+            expected[name] = result.graph(x)
+    assert len(expected) >= 15
+    assert refused + len(expected) == len(recipes)
+    torch.save(x, tmp_path / "x.pt")
+    (tmp_path / "loader.py").write_text(LOADER)
+    subprocess.run([sys.executable, "-P", tmp_path / "loader.py", tmp_path, *expected], check=True, cwd=tmp_path)
+    loaded = torch.load(tmp_path / "y.pt", weights_only=True)
+    for name, y in expected.items():
+        torch.testing.assert_close(loaded[name], y, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("step", SHORT.values(), ids=str)
+def test_the_file_says_how_it_was_made(task, step, tmp_path):
+    multum.save(multum.compress(task, step), tmp_path / "model.mip", task)
+    told = multum.pack.describe(tmp_path / "model.mip")
+    assert told["recipe"] == multum.Recipe([step]).to_data()
+    assert told["original"] == {"name": "stripes", "fingerprint": task.original.fingerprint()}
+    assert [record["step"] for record in told["records"]] == [step.name()]
