@@ -39,7 +39,7 @@ def correct_biases(graph: Graph, original: Graph, names: Container[str], task: T
         for count, inputs in enumerate(calibration(task, samples), 1):
             Watch(original, [places[layer.name] for layer in wanted.values()], note)(inputs)
             Watch(graph, biases, partial(shift, count))(inputs)
-    return {layer.name: float((graph.tensor(biases[node]) - before[biases[node]]).abs().max()) for node, layer in wanted.items()}
+    return {layer.name: float((graph.tensor(biases[node]).detach() - before[biases[node]]).abs().max()) for node, layer in wanted.items()}
 
 
 def _correctable(graph: Graph) -> list[Layer]:

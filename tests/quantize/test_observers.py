@@ -1,0 +1,183 @@
+"""Ranges: the histogram, what is read from it, and what calibration refuses."""
+
+import tracemalloc
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from multum.errors import MultumError, StepError, TaskError
+from multum.quantize.grid import affine, unsigned
+from multum.quantize.observers import Histogram, Watch, calibration, minmax, mse, observe, percentile
+from multum.task import Task
+
+GRID = unsigned(8)
+
+
+def histogram(*batches: Tensor) -> Histogram:
+    made = Histogram()
+    for batch in batches:
+        made.update(batch)
+    return made
+
+
+def test_bins_by_hand() -> None:
+    h = histogram(torch.tensor([0.0, 1.0, -1.0, 1.0]))
+    assert h.width == 2**-11  # the least power of two with which 4,096 bins reach beyond 1
+    centres, counts = h.bins()
+    assert counts.tolist() == [1, 1, 2]
+    assert centres.tolist() == pytest.approx([-1, 0, 1], abs=h.width)
+    assert (h.low, h.high) == (-1, 1)
+
+
+def test_bins_widen_and_keep_their_counts() -> None:
+    h = histogram(torch.tensor([0.001, -0.001]), torch.tensor([500.0]))
+    assert h.width == 2**-3
+    assert h.counts.sum() == 3
+    assert minmax(h, GRID) == (pytest.approx(-0.001), 500)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=40), st.integers(1, 39))
+def test_the_order_and_the_batches_do_not_matter(values: list[float], where: int) -> None:
+    whole = histogram(torch.tensor(values))
+    parts = histogram(*(part for part in (torch.tensor(values[where:]), torch.tensor(values[:where]))))
+    assert whole.width == parts.width
+    assert torch.equal(whole.counts, parts.counts)
+
+
+def test_percentile_leaves_out_one_in_ten_thousand() -> None:
+    values = torch.cat([torch.linspace(0, 1, 100_000), torch.full((3,), 1000.0)])
+    low, high = percentile(histogram(values), GRID)
+    assert low == pytest.approx(0, abs=0.3)  # a bin is 0.25 wide
+    assert high == pytest.approx(1, abs=0.3)
+    assert minmax(histogram(values), GRID)[1] == 1000
+
+
+def test_the_mse_range_keeps_even_values_and_clips_a_rare_one() -> None:
+    even = torch.linspace(-1, 3, 10_000)
+    assert mse(histogram(even), GRID) == pytest.approx((-1, 3), abs=0.05)
+    rare = torch.cat([torch.linspace(0, 1, 100_000), torch.tensor([3.0])])
+    low, high = mse(histogram(rare), unsigned(3))
+    assert low == 0
+    assert high < 1.5
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_mse_range_is_no_worse_than_all(bits: int) -> None:
+    x = torch.distributions.Laplace(0.3, 1).sample((20_000,)).numpy()
+    grid, errors = unsigned(bits), []
+    for low, high in (mse(histogram(torch.from_numpy(x)), grid), (x.min(), x.max())):
+        scale, zero = affine(float(low), float(high), grid)
+        errors.append(np.square(scale * (np.clip(np.rint(x / scale) + zero, grid.low, grid.high) - zero) - x).sum())
+    assert errors[0] <= errors[1] * 1.001
+
+
+class Data:
+    """Batches that are made as they are asked for."""
+
+    def __init__(self, count: int, value: float | None = None, size: int = 4):
+        self.count, self.value, self.size, self.made = count, value, size, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(self.count):
+            self.made += 1
+            x = torch.randn(self.size, 3, 16, 16) if self.value is None else torch.full((self.size, 3, 16, 16), self.value)
+            yield x, torch.zeros(self.size)
+
+
+def task(data: Data, model: nn.Module | None = None) -> Task:
+    return Task(model or nn.Conv2d(3, 4, 3), torch.randn(2, 3, 16, 16), calibration=data)
+
+
+def observed(data: Data, samples: int = 10_000, model: nn.Module | None = None) -> list[Histogram]:
+    made = task(data, model)
+    graph = made.original.copy()
+    return list(observe(graph, [node for node in graph.fx.nodes if node.op == "call_function"], made, samples).values())
+
+
+def test_ranges_are_those_of_the_results() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    torch.manual_seed(0)
+    batches = [x for x, _ in Data(3)]
+    torch.manual_seed(0)
+    conv, relu = observed(Data(3), model=model)
+    with torch.no_grad():
+        results = torch.cat([model[0](x) for x in batches])
+    assert (conv.low, conv.high) == pytest.approx((results.min().item(), results.max().item()))
+    assert relu.low == 0
+    assert conv.counts.sum() == relu.counts.sum() == results.numel()
+
+
+def test_no_more_batches_are_made_than_needed() -> None:
+    data = Data(100)
+    observed(data, samples=10)
+    assert data.made == 3  # of four samples each
+
+
+def test_a_shuffling_loader_gives_the_same_samples_each_time_and_random_numbers_go_on_as_before() -> None:
+    rows = torch.utils.data.TensorDataset(torch.randn(32, 3, 16, 16), torch.zeros(32))
+    loader = torch.utils.data.DataLoader(rows, 4, shuffle=True)
+    made = Task(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 16, 16), calibration=loader)
+    torch.manual_seed(5)
+    first, second = (torch.cat(list(calibration(made, 8))) for _ in range(2))
+    assert torch.equal(first, second)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_memory_does_not_grow_with_the_number_of_batches() -> None:
+    peaks = []
+    for count in (10, 10, 200):  # the first run warms caches up
+        tracemalloc.start()
+        kept = observed(Data(count, size=1))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert sum(h.counts.numel() for h in kept) == 8192
+    assert peaks[2] <= 1.05 * peaks[1] + 20_000
+
+
+def test_results_are_freed_after_their_last_use() -> None:
+    made = task(Data(1), nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(6)]))
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def see(node: object, value: Tensor) -> None:
+        nonlocal most
+        alive.append(weakref.ref(value))
+        most = max(most, sum(ref() is not None for ref in alive))
+
+    graph = made.original.copy()
+    Watch(graph, [n for n in graph.fx.nodes if n.op == "call_function"], see)(torch.randn(1, 3, 16, 16))
+    assert len(alive) == 6
+    assert most <= 2
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (Data(0), TaskError, "empty"),
+        (Data(2, 0.5), TaskError, "one number"),
+        (Data(2, size=0), TaskError, "empty"),
+        (Data(2, float("nan")), TaskError, "NaN"),
+    ],
+    ids=["empty", "constant", "batches of none", "not a number"],
+)
+def test_data_that_tell_nothing_are_refused(data: Data, error: type[MultumError], words: str) -> None:
+    with pytest.raises(error, match=words):
+        observed(data)
+
+
+def test_a_network_that_overflows_is_named() -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.log(x)
+
+    with pytest.raises(StepError, match=r"log in '0' are NaN or infinite"):
+        observed(Data(1), model=nn.Sequential(Root()))
