@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from ..errors import GraphError, near
 from . import axis_views as _axis_views  # noqa: F401  (registers its rules)
 from .axis import Axis, atoms, find, fix, kept, mask, places
-from .axis_rules import RULES, Axes, Edit, Trace, fix_all, fixed, is_pointwise, pointwise, unknown
+from .axis_rules import pointwise
+from .axis_trace import RULES, Axes, Edit, Trace, fix_all, fixed, is_pointwise, unknown
 from .layers import Layer, layers
 from .model import Graph, aten
 

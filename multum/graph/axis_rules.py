@@ -3,84 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from .axis import Axis, fix, product, total, unify
-from .model import aten, read, write
-
-Axes = tuple[Axis, ...]
-Kept = Callable[[Axis], int]  # the new size of an axis
-Edit = Callable[[Kept], None]  # writes new sizes where an operator has the old ones as literals
-Rule = Callable[["Trace", fx.Node], Any]  # gives the axes of the result: `Axes`, or a tuple of them
-
-RULES: dict[Any, Rule] = {}
-
-
-class Trace:
-    """The axes of every tensor and every result of a graph, as far as the rules have come, and the edits of literals."""
-
-    def __init__(self) -> None:
-        self.results: dict[fx.Node, Any] = {}
-        self.tensors: dict[str, Axes] = {}
-        self.edits: list[Edit] = []
-
-    def axes(self, value: Any) -> Axes:
-        """The axes of an argument; none for a scalar."""
-        found = self.results.get(value, ()) if isinstance(value, fx.Node) else ()
-        return found if all(isinstance(axis, Axis) for axis in found) else ()
-
-    def argument(self, node: fx.Node, name: str) -> Axes:
-        return self.axes(read(node, name))
-
-    def literal(self, node: fx.Node, name: str, value: Callable[[Kept], Any]) -> None:
-        """After a cut, the argument `name` of the node becomes `value`."""
-        self.edits.append(lambda kept: assign(node, name, value(kept)))
-
-
-def assign(node: fx.Node, name: str, value: Any) -> None:
-    """Sets an argument of an ATen call by its name."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    write(node, names.index(name), name, value)
-
-
-def rule(*operators: Any) -> Callable[[Rule], Rule]:
-    """The rule of these operators, or of all overloads of these packets."""
-
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(operators, function))
-        return function
-
-    return register
-
-
-def shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)
-
-
-def fixed(sizes: Iterable[int], reason: str) -> Axes:
-    return tuple(Axis(size, reason) for size in sizes)
-
-
-def fix_all(axes: Iterable[Axis], reason: str) -> None:
-    for axis in axes:
-        fix(axis, reason)
-
-
-def broadcast(operands: Sequence[Axes]) -> Axes:
-    """The axes of operands that are aligned on the right; an axis of size one links to nothing."""
-    result = []
-    for place in range(max(map(len, operands), default=0), 0, -1):
-        meeting = [axes[-place] for axes in operands if len(axes) >= place]
-        wide = [axis for axis in meeting if axis.size != 1] or meeting
-        for axis in wide[1:]:
-            unify(wide[0], axis)
-        result.append(wide[0])
-    return tuple(result)
-
+from .axis_trace import Axes, Trace, broadcast, fix_all, fixed, name_of, rule, shape, unknown
+from .model import aten, read
 
 # --- element by element ------------------------------------------------------------------------------------------------
 
@@ -223,7 +153,7 @@ def _channel_norm(trace: Trace, node: fx.Node) -> Any:
     for name in ("weight", "bias", "running_mean", "running_var"):
         for axis in trace.argument(node, name):
             unify(x[1], axis)
-    fix_all((*x[:1], *x[2:]), f"{_name(node)} normalizes over it")
+    fix_all((*x[:1], *x[2:]), f"{name_of(node)} normalizes over it")
     return x
 
 
@@ -244,7 +174,7 @@ def _group_norm(trace: Trace, node: fx.Node) -> Any:
 def _layer_norm(trace: Trace, node: fx.Node) -> Any:
     x = trace.argument(node, "input")
     normalized = x[len(x) - len(read(node, "normalized_shape")) :]
-    fix_all(normalized, f"{_name(node)} normalizes over it")
+    fix_all(normalized, f"{name_of(node)} normalizes over it")
     for name in ("weight", "bias"):
         for axis, own in zip(normalized, trace.argument(node, name), strict=False):
             unify(axis, own)
@@ -256,7 +186,7 @@ def along(trace: Trace, node: fx.Node) -> Any:
     """Mixes the values along one axis and keeps the shape."""
     x = trace.axes(node.args[0])
     if x:
-        fix(x[read(node, "dim")], f"{_name(node)} runs along it")
+        fix(x[read(node, "dim")], f"{name_of(node)} runs along it")
     return x
 
 
@@ -264,7 +194,7 @@ def along(trace: Trace, node: fx.Node) -> Any:
 def _along_several(trace: Trace, node: fx.Node) -> Any:
     x = trace.axes(node.args[0])
     dims = read(node, "dims") or range(len(x))
-    fix_all((x[dim] for dim in dims), f"{_name(node)} runs along it")
+    fix_all((x[dim] for dim in dims), f"{name_of(node)} runs along it")
     return x
 
 
@@ -272,7 +202,7 @@ def _along_several(trace: Trace, node: fx.Node) -> Any:
 def _along_two_results(trace: Trace, node: fx.Node) -> Any:
     x = trace.axes(node.args[0])
     dim = read(node, "dim", -1) % len(x)
-    fix(x[dim], f"{_name(node)} runs along it")
+    fix(x[dim], f"{name_of(node)} runs along it")
     result = tuple(Axis(size, axis.reason) if place == dim else axis for place, (size, axis) in enumerate(_sizes(node, x)))
     return result, result
 
@@ -297,7 +227,7 @@ def _reduce(trace: Trace, node: fx.Node) -> Any:
     reduced = {dim % len(x) for dim in chosen} if x else set()
     plain_sum = node.target.overloadpacket in _SUMS and read(node, "ord", 2) in (1, 2)  # type: ignore[union-attr]
     if not plain_sum:
-        fix_all((x[dim] for dim in reduced), f"{_name(node)} reduces it")
+        fix_all((x[dim] for dim in reduced), f"{name_of(node)} reduces it")
     keep = bool(read(node, "keepdim", False))
     result = tuple(Axis(1) if dim in reduced else axis for dim, axis in enumerate(x) if keep or dim not in reduced)
     return tuple(result for _ in node.meta["val"]) if isinstance(node.meta["val"], tuple) else result
@@ -326,7 +256,7 @@ def _spatial(trace: Trace, node: fx.Node) -> Any:
     """Works on the last dimensions, for each channel alone."""
     x = trace.axes(node.args[0])
     count = _SPATIAL_DIMS.get(node.target.overloadpacket, len(x) - 2)  # type: ignore[union-attr]
-    reason = f"{_name(node)} slides over it"
+    reason = f"{name_of(node)} slides over it"
     fix_all(x[len(x) - count :], reason)
     value, leading = node.meta["val"], x[: len(x) - count]
     if isinstance(value, tuple):
@@ -386,26 +316,3 @@ def _recurrent(trace: Trace, node: fx.Node) -> Any:
         fix(state[0], "it counts layers")
         unify(state[1], x[0 if read(node, "batch_first") else 1])
     return ((*x[:2], total([outputs] * directions)), *states)
-
-
-# --- everything else ---------------------------------------------------------------------------------------------------
-
-
-def unknown(trace: Trace, node: fx.Node) -> Any:
-    """Nothing is known about the operator: whatever it touches stays whole."""
-    reason = f"the operator {node.target} has no rule"
-    for given in node.all_input_nodes:
-        found = trace.results.get(given, ())
-        for axes in (found,) if trace.axes(given) else found:
-            fix_all(axes if isinstance(axes, tuple) else (), reason)
-    value = node.meta.get("val")
-    results = tuple(fixed(part.shape, reason) for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, Tensor))
-    return results if isinstance(value, tuple) else results[0] if results else ()
-
-
-def is_pointwise(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target.overloadpacket.__name__)  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from .axis import Axis, cut, fix, product, total, unify
-from .axis_rules import Axes, Kept, Trace, assign, broadcast, fix_all, fixed, rule, shape, unknown
+from .axis_trace import Axes, Kept, Trace, assign, broadcast, fix_all, fixed, rule, shape, unknown
 from .model import aten, read
 
 _BATCH = "its size is computed"

@@ -6,7 +6,7 @@ import math
 
 from ..graph import Graph, Layer
 from ..graph.axes import Groups, Keep
-from ..graph.axis_rules import Axes
+from ..graph.axis_trace import Axes
 
 
 def parameters(graph: Graph, groups: Groups, keep: Keep) -> int:

@@ -134,7 +134,7 @@ def test_a_residual_stream_under_layer_norm_is_fixed_and_says_so(attention: Grou
 def test_heads_and_their_width_are_two_groups_of_a_fused_projection(attention: Groups) -> None:
     heads, width = attention["qkv:out[1]"], attention["qkv:out[2]"]  # [0] are q, k and v
     assert (heads.size, width.size, heads.reason, width.reason) == (4, 6, None, None)
-    assert attention.factors(heads) == [width]
+    assert attention.factors(heads) == [attention["qkv:out[0]"], width]
     assert heads.consumers == width.consumers == ("out",)
     assert (attention.cofactor(heads), attention.cofactor(width)) == (6, 4)
 
