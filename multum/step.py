@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -55,7 +56,7 @@ class Step:
     @classmethod
     def name(cls) -> str:
         """The name in recipes and on the command line, such as `prune.Channels`."""
-        return f"{cls.__module__.split('.')[-2]}.{cls.__name__}"
+        return ".".join([*cls.__module__.split(".")[-2:-1], cls.__name__])
 
     def options(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
@@ -206,7 +207,7 @@ def check(task: Task, steps: Sequence[Step]) -> None:
     last: Step | None = None
     for step in steps:
         for need in step.needs:
-            available = task.calibration or task.train if need == "calibration" else getattr(task, need)
+            available = task.train if need == "calibration" and task.calibration is None else getattr(task, need)
             if available is None:
                 raise StepError(f"{step.name()} needs `{need}`, which the task {task.name!r} does not have.", f"Task(..., {need}=...)")
         if step.stage is None:
@@ -254,7 +255,9 @@ def _resume(folder: Path) -> tuple[Graph, Record] | None:
 
 
 def _step(row: Any) -> Step:
-    name, options = (row, {}) if isinstance(row, str) else next(iter(row.items())) if isinstance(row, Mapping) and len(row) == 1 else (None, None)
+    name, options = (
+        (row, {}) if isinstance(row, str) else next(iter(row.items())) if isinstance(row, Mapping) and len(row) == 1 else (None, None)
+    )
     known = methods()
     if not isinstance(name, str) or not isinstance(options, Mapping | None):
         raise StepError(f"{row!r} is not a step of a recipe.", "a name, or one name with its options: prune.Channels: {ratio: 0.5}")
@@ -269,11 +272,10 @@ def make(kind: type[Step], options: Mapping[str, Any]) -> Step:
     for key, value in options.items():
         if key not in known:
             raise StepError(f"{kind.name()} has no option {key!r}.", f"one of its options, such as {near(key, known)}")
-        default = known[key].default
-        wanted = type(default)
-        fits = isinstance(value, wanted) or default is None or (wanted is float and isinstance(value, int)) or wanted is tuple
-        if not fits or (isinstance(value, bool) and wanted in (int, float)):
-            raise StepError(f"{kind.name()}: {key} is {value!r}.", f"a {wanted.__name__}, such as {default!r}")
+        kinds = re.sub(r"\[.*?\]", "", str(known[key].type)).split(" | ")  # the annotation, as written: "str | tuple", "float | None"
+        given = {"list": "tuple", "NoneType": "None"}.get(type(value).__name__, type(value).__name__)
+        if given not in kinds and not (given == "int" and "float" in kinds):
+            raise StepError(f"{kind.name()}: {key} is {value!r}.", f"{' or '.join(kinds)}, such as {known[key].default!r}")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
 
 

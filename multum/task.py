@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import TaskError, near
+from .errors import MultumError, TaskError, near
 from .graph import Graph, capture
 from .graph.capture import arguments
 
@@ -172,7 +172,12 @@ def load_task(reference: str | Path) -> Task:
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise TaskError(f"{place} has no function {function!r}.", f"a function that returns a Task; near: {near(function, names)}")
     with _importing_from(Path(place).parent if place.endswith(".py") else None):
-        made = make()
+        try:
+            made = make()
+        except MultumError:
+            raise
+        except Exception as error:
+            raise TaskError(f"{function}() of {place} fails: {type(error).__name__}: {error}", "a function that returns a Task") from error
     if not isinstance(made, Task):
         raise TaskError(f"{function}() of {place} returned a {type(made).__name__}.", "a multum.Task")
     return made
@@ -181,15 +186,19 @@ def load_task(reference: str | Path) -> Task:
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         candidates = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise TaskError(f"There is no task file {str(path)!r}.", f"a Python file with a function task(); near: {near(str(path), candidates)}")
+        raise TaskError(
+            f"There is no task file {str(path)!r}.", f"a Python file with a function task(); near: {near(str(path), candidates)}"
+        )
     description = importlib.util.spec_from_file_location(f"multum_task_{abs(hash(path.resolve()))}", path)
     assert description is not None
     assert description.loader is not None
     module = importlib.util.module_from_spec(description)
+    sys.modules[description.name] = module  # dataclasses and worker processes look the module up
     with _importing_from(path.parent):
         try:
             description.loader.exec_module(module)
         except Exception as error:
+            del sys.modules[description.name]
             raise TaskError(f"The task file {str(path)!r} fails: {type(error).__name__}: {error}", "a file that can be imported") from error
     return module
 

@@ -99,7 +99,7 @@ def allowed(name: str) -> Any:
     if len(parts) != 3 or parts[0] != "aten" or not all(part.isidentifier() for part in parts) or name.startswith(_DENIED):
         raise refused
     packet = getattr(aten, parts[1], None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket) or parts[2] not in packet.overloads():
+    if not isinstance(packet, torch._ops.OpOverloadPacket) or parts[2] not in packet.overloads():  # type: ignore[no-untyped-call]
         raise refused
     overload = getattr(packet, parts[2])
     if overload._schema.is_mutable and name not in _MUTABLE:
@@ -112,7 +112,8 @@ def _target_to_name(node: fx.Node) -> str:
     try:
         allowed(name)
     except FileError:
-        raise GraphError(f"The operator {name} at {node.meta.get('module') or node.name!r} cannot be stored.", "a pure ATen operator") from None
+        where = node.meta.get("module") or node.name
+        raise GraphError(f"The operator {name} at {where!r} cannot be stored.", "a pure ATen operator") from None
     return name
 
 
@@ -293,5 +294,5 @@ def restore(path: Path) -> Graph:
             data = json.loads(file.metadata()["graph"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise FileError(f"{str(path)!r} cannot be read: {error}", "a graph kept by an earlier run", "remove the folder and start anew") from error
+        raise FileError(f"{str(path)!r} cannot be read: {error}", "a graph kept by an earlier run", "remove it to start anew") from error
     return from_data(data, tensors)

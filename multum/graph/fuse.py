@@ -163,7 +163,7 @@ def _grid_by_channel(graph: Graph, layer: Layer) -> fx.Node | None:
 
 
 def _scale_grid(graph: Graph, layer: Layer, quantizer: fx.Node, factor: Tensor) -> None:
-    """Multiplies a quantized weight by a factor per output [outputs]: the integers stay, or change their sign, and the scales take it up."""
+    """Multiplies a quantized weight by a factor per output [outputs]: the integers stay or change sign, the scales take it up."""
     name = str(source(read(quantizer, "scale")))
     weight, scale = graph.tensor(layer.weight).detach(), graph.tensor(name).detach()
     integers = to_integers(weight, graph, quantizer)

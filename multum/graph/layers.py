@@ -14,7 +14,7 @@ from .model import Graph, aten, read
 # kind -> operator -> (position of the weight, position of the bias or None, dimension of the weight that makes the outputs)
 _CONV = {
     getattr(op, overload): (1, 2, 0) for op in (aten.conv1d, aten.conv2d, aten.conv3d) for overload in ("default", "padding")
-} | {op: (1, 2, 1) for op in (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)}
+} | dict.fromkeys((aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input), (1, 2, 1))
 _LINEAR = {aten.linear.default: (1, 2, 0), aten.addmm.default: (2, 0, 1), aten.matmul.default: (1, None, 1), aten.mm.default: (1, None, 1)}
 _EMBEDDING = {aten.embedding.default: (0, None, 0)}
 _NORM = {
@@ -97,9 +97,7 @@ def source(node: object) -> str | None:
     """The tensor that `node` reads, seen through quantizers and transposes; None when it is computed from data."""
     if not isinstance(node, fx.Node):
         return None
-    last = node
-    for last in _path(node):
-        pass
+    *_, last = _path(node)
     return str(last.target) if last.op == "get_attr" else None
 
 

@@ -148,7 +148,7 @@ class Graph(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Graph:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         tensor = next((tensor for _, tensor in self.named_tensors()), None)
         if tensor is None:
             return self

@@ -25,7 +25,9 @@ def large(tmp_path_factory) -> tuple[multum.Task, int]:
 
 
 @pytest.mark.parametrize(
-    ("step", "most"), [(WeightOnly(), 0.27), (Static(), 0.27), (WeightOnly(bits=4), 0.15), (Static(weight_bits=4), 0.15), (Half(), 0.52)], ids=str
+    ("step", "most"),
+    [(WeightOnly(), 0.27), (Static(), 0.27), (WeightOnly(bits=4), 0.15), (Static(weight_bits=4), 0.15), (Half(), 0.52)],
+    ids=str,
 )
 def test_the_file_is_as_small_as_promised(large, step, most, tmp_path):
     task, fp32 = large

@@ -12,7 +12,9 @@ from multum.prune import Channels
 from multum.quantize import Half, Static, WeightOnly
 
 
-@pytest.mark.parametrize("steps", [[Channels(ratio=0.5)], [Static()], [Channels(ratio=0.25), Static()], [WeightOnly(bits=4), Static(), Half()]], ids=str)
+@pytest.mark.parametrize(
+    "steps", [[Channels(ratio=0.5)], [Static()], [Channels(ratio=0.25), Static()], [WeightOnly(bits=4), Static(), Half()]], ids=str
+)
 def test_onnx_and_mip_agree_with_the_graph(task, steps, tmp_path):
     result = multum.compress(task, steps)
     multum.save(result, tmp_path / "model.mip", task)
