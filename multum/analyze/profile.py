@@ -122,7 +122,8 @@ def _one_sample(graph: Graph, example: Any) -> list[Tensor]:
     given = graph.example() if example is None else arguments(example)
     leaves = [leaf.to(device) for leaf in spec.flatten(given, graph.inputs)]
     batch = leaves[0].shape[0] if leaves and leaves[0].ndim else 0
-    return [leaf[:1].contiguous() if leaf.ndim and leaf.shape[0] == batch else leaf for leaf in leaves]
+    # clones: an example may be a view of all the data, whose bytes are not those of a sample
+    return [(leaf[:1] if leaf.ndim and leaf.shape[0] == batch else leaf).clone() for leaf in leaves]
 
 
 def _rows(graph: Graph) -> dict[fx.Node, Row]:

@@ -55,6 +55,11 @@ def test_peak_memory_of_a_residual_block(resnet: Analysis) -> None:
     assert resnet.memory == 3 * 4 * 16 * 14 * 14
 
 
+def test_an_example_cut_from_all_the_data_counts_as_one_sample() -> None:
+    data = torch.randn(1000, 6)
+    assert analyze(nn.Linear(6, 4), data[:2], latency=False).memory == 4 * (6 + 4)
+
+
 class Encoder(nn.Module):
     """One layer of BERT: attention in h heads, then two linear layers, each with a residual and a norm."""
 
