@@ -74,32 +74,54 @@ def test_cutting_a_product_between_whole_rows_cuts_its_first_factor() -> None:
     assert list(atoms(first))[1] is row
 
 
+Layout = Axis | tuple[str, list["Layout"]]
+
+
 @st.composite
-def layouts(draw: st.DrawFn, size: int) -> Axis:
-    """An axis of this size, made of sums and products at random."""
+def layouts(draw: st.DrawFn, size: int) -> Layout:
+    """An axis of this size, as a plan of sums and products over atoms of its own."""
     kind = draw(st.sampled_from(["atom", "sum", "product"])) if size > 1 else "atom"
+    divisors = [divisor for divisor in range(2, size) if size % divisor == 0]
     if kind == "sum":
         at = draw(st.integers(1, size - 1))
-        return total([draw(layouts(at)), draw(layouts(size - at))])
-    divisors = [d for d in range(2, size) if size % d == 0]
+        return "sum", [draw(layouts(at)), draw(layouts(size - at))]
     if kind == "product" and divisors:
         lead = draw(st.sampled_from(divisors))
-        return product([draw(layouts(lead)), draw(layouts(size // lead))])
+        return "product", [draw(layouts(lead)), draw(layouts(size // lead))]
     return Axis(size)
+
+
+def built(layout: Layout) -> Axis:
+    if isinstance(layout, Axis):
+        return layout
+    return (total if layout[0] == "sum" else product)([built(part) for part in layout[1]])
+
+
+def leaves(layout: Layout) -> list[Axis]:
+    return [layout] if isinstance(layout, Axis) else [leaf for part in layout[1] for leaf in leaves(part)]
+
+
+def left(layout: Layout, keep: dict[Axis, list[int]]) -> Tensor:
+    """The mask, put together from the atoms that the layout had at first, whatever they are bound to now."""
+    if isinstance(layout, Axis):
+        return mask(layout, keep.get)
+    first, second = (left(part, keep) for part in layout[1])
+    return torch.cat([first, second]) if layout[0] == "sum" else (first[:, None] & second).flatten()
 
 
 @given(st.data())
 def test_axes_that_were_unified_lose_the_same_indices_whatever_is_cut(data: st.DataObject) -> None:
     size = data.draw(st.sampled_from([6, 8, 12, 24, 36]))
-    a, b, c = (data.draw(layouts(size)) for _ in range(3))
+    drawn = [data.draw(layouts(size)) for _ in range(3)]
+    a, b, c = map(built, drawn)
     unify(a, b)
     unify(c, b)
-    free = [atom for axis in (a, b, c) for atom in atoms(axis) if atom.reason is None]
-    keep = {atom: sorted(data.draw(st.sets(st.integers(0, atom.size - 1), min_size=1))) for atom in dict.fromkeys(free)}
-    masks = [mask(axis, keep.get) for axis in (a, b, c)]
-    assert torch.equal(masks[0], masks[1])
-    assert torch.equal(masks[0], masks[2])
-    assert all(int(own.sum()) == kept(axis, keep.get) for own, axis in zip(masks, (a, b, c), strict=True))
+    free = dict.fromkeys(atom for layout in drawn for leaf in leaves(layout) for atom in atoms(leaf) if not atom.reason and atom.size > 1)
+    keep = {atom: sorted(data.draw(st.sets(st.integers(0, atom.size - 1), min_size=1))) for atom in free}
+    expected = mask(a, keep.get)
+    assert int(expected.sum()) == kept(a, keep.get)
+    for layout in drawn:
+        assert torch.equal(left(layout, keep), expected)
 
 
 class Attention(nn.Module):
