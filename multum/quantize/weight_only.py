@@ -10,7 +10,6 @@ import torch
 
 from ..errors import StepError
 from ..graph import Graph, Layer, layers, select
-from ..graph.fuse import fuse
 from ..graph.layers import weight
 from ..step import Plan, Stage, Step, option
 from ..task import Task
@@ -41,7 +40,6 @@ class WeightOnly(Step):
         return Plan({layer.name: entry for layer, entry in weight_entries(chosen, self.bits, self.edges)}, skipped)
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
-        fuse(graph)  # a norm folded later would take the weights off their grid
         quantize_weights(graph, plan)
         graph.recompile()
         return {}
