@@ -19,10 +19,11 @@ _LONGER = 3.0  # times the training, when a recipe loses too much
 
 @dataclass(eq=False)
 class Try:
-    """A rung and a candidate made of it."""
+    """A rung and a candidate made of it; `kept` is false where its twin measured better."""
 
     rung: Rung
     candidate: Candidate
+    kept: bool = True
 
 
 class Walk:
@@ -33,12 +34,13 @@ class Walk:
         self.tried: list[Try] = []
         self.failed: list[dict[str, Any]] = []
         self.sketched: list[Try] = []
+        self.lost = 0  # rungs in a row that missed the target
         self.start = time.monotonic()
         self.last: MultumError | None = None
 
     @property
     def best(self) -> Candidate:
-        return min((step.candidate for step in self.tried), key=self.judge.rank)
+        return min((step.candidate for step in self.tried if step.kept), key=self.judge.rank)
 
     def run(self) -> str | None:
         """Fills `tried`; says "minutes" when these ended the walk. Raises the last error when nothing could be made at all."""
@@ -53,10 +55,12 @@ class Walk:
         if not fitting:
             self.tell("No recipe of the ladder is small enough; the smallest is tried.")
         for step in self._steps(fitting or self.sketched[-1:]):
-            begin = time.monotonic()
+            begin, before = time.monotonic(), len(self.tried)
             with self._recording(step.rung):
                 self._climb(step)
-            if self._enough():
+            met = any(step.kept and not self.judge.missed(step.candidate) for step in self.tried[before:])
+            self.lost = 0 if met else self.lost + 1
+            if self._enough(met):
                 break
             if self._late(time.monotonic() - begin):
                 return "minutes"
@@ -72,7 +76,7 @@ class Walk:
         """What to try, in turn: two rungs, more training for the better of them, then the other rungs."""
         yield from fitting[:2]
         target = self.judge.target
-        trained = [step for step in self.tried if step.rung.trains]
+        trained = [step for step in self.tried if step.kept and step.rung.trains]
         if trained and not (target.size is None and target.speed is None):
             best = min(trained, key=lambda step: self.judge.rank(step.candidate))
             yield self._sketch(best.rung.longer(_LONGER))
@@ -82,8 +86,7 @@ class Walk:
         """Measures the rung without its training, then, unless that is enough, with it."""
         target, judge = self.judge.target, self.judge
         if all(step.candidate.folder != other.candidate.folder for other in self.tried):
-            step = self._fastest(step)
-            self.tried.append(step)
+            step = self._faster(step)
         if not step.rung.trains or judge.safe(step.candidate) or "speed" in judge.missed(step.candidate):
             return
         drop = judge.drop(self.original.scores, step.candidate.scores)
@@ -92,15 +95,19 @@ class Walk:
         made = self.workshop.build(step.rung.name, step.rung.recipe)
         self.tried.append(Try(step.rung, self._measured(made)))
 
-    def _fastest(self, step: Try) -> Try:
-        """The rung, or its twin with floating-point activations when integers do not measure faster."""
+    def _faster(self, step: Try) -> Try:
+        """The rung, measured; or its twin with floating-point activations when integers do not measure faster."""
         step = Try(step.rung, self._measured(step.candidate))
+        self.tried.append(step)
         if step.rung.twin is None:
             return step
         twin = self._sketch(step.rung.twin)
         twin.candidate = self._measured(twin.candidate)
+        self.tried.append(twin)
         mine, other = step.candidate.speed or 0.0, twin.candidate.speed or 0.0
-        if mine > _SLOWER * other:
+        step.kept = mine > _SLOWER * other
+        twin.kept = not step.kept
+        if step.kept:
             return step
         self.tell(f"int8 activations are not faster here ({mine:.2f}x against {other:.2f}x): they stay float.")
         return twin
@@ -124,13 +131,12 @@ class Walk:
             self.failed.append({"name": rung.name, "recipe": rung.recipe.to_data(), "error": str(error)})
             self.tell(f"{rung.name} failed: {error}")
 
-    def _enough(self) -> bool:
-        """Met; or, when only a largest drop was asked and the smallest model is looked for, lost too much twice in a row."""
+    def _enough(self, met: bool) -> bool:
+        """Met; or, when the smallest model within a drop is looked for, two rungs in a row that lose too much."""
         target = self.judge.target
-        misses = [bool(self.judge.missed(step.candidate)) for step in self.tried]
         if target.size is None and target.speed is None:
-            return len(misses) >= 2 and all(misses[-2:])
-        return not all(misses)
+            return self.lost >= 2
+        return met
 
     def _late(self, seconds: float) -> bool:
         """Whether one more attempt as long as the last would overrun the time by more than a tenth."""

@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,8 @@ class Finished:
         return json.loads((self.out / "result.json").read_text())
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _brief() -> Iterator[None]:
+@contextmanager
+def brief() -> Iterator[None]:
     """Few rounds and few rungs: these tests are about what is said and written, not about how fast a toy is."""
     with pytest.MonkeyPatch.context() as patch:
         times, ladder = importlib.import_module("multum.search.times"), importlib.import_module("multum.search.ladder")
@@ -104,6 +105,12 @@ def _brief() -> Iterator[None]:
         torch.set_num_threads(1)
         yield
         torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _brief() -> Iterator[None]:
+    with brief():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -125,4 +132,5 @@ def multum(*arguments: object, out: Path | None = None) -> Finished:
 @pytest.fixture(scope="session")
 def finished(task_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A search that met its target."""
-    return multum("compress", task_file, "--size", "1/3", "--max-drop", "5", "--json", out=tmp_path_factory.mktemp("finished"))
+    with brief():
+        return multum("compress", task_file, "--size", "1/3", "--max-drop", "5", "--json", out=tmp_path_factory.mktemp("finished"))

@@ -69,7 +69,7 @@ def test_nan_in_the_data(task_file: Path, tmp_path: Path) -> None:
     [
         ("- prune.Chanels", ("There is no step 'prune.Chanels'", "prune.Channels", "Do: list them with: multum steps")),
         ("- prune.Channels: {ration: 0.5}", ("has no option 'ration'", "'ratio'")),
-        ("- prune.Channels: {ratio: half}", ("ratio is 'half'", "Expected: a float")),
+        ("- prune.Channels: {ratio: half}", ("ratio is 'half'", "float, such as 0.5")),
         ("prune.Channels", ("A recipe is a str.", "Expected: a list of steps")),
         ("- quantize.WeightOnly\n- prune.Channels", ("comes after", "Expected: shapes before weights before number formats")),
         ("- prune.Channels: {include: secnd}", ("'secnd' matches no layer", "'second'")),
