@@ -35,9 +35,9 @@ _FAMILIES = ("prune", "quantize", "distill")
 __all__ = [*_PLACES, *_FAMILIES]
 
 if TYPE_CHECKING:
-    from . import distill as distill
-    from . import prune as prune
-    from . import quantize as quantize
+    import multum.distill as distill
+    import multum.prune as prune
+    import multum.quantize as quantize
 
 
 class _Package(ModuleType):

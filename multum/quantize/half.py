@@ -23,8 +23,9 @@ _FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 class Half(Step):
     """Rounds every floating-point tensor to 16 bits (IEEE 754 half precision, or bfloat16).
 
-    Normalizations are folded first, so that there is less to round. The tensors stay float32 in the graph, so it trains and exports as before; in the file their empty bits cost nothing.
-    Integers of quantized weights stay as they are: only their scales are rounded.
+    Normalizations are folded first, so that there is less to round. The tensors stay float32 in the graph, so it trains and
+    exports as before; in the file their empty bits cost nothing. Integers of quantized weights stay: only their scales are
+    rounded.
     """
 
     stage: ClassVar[Stage | None] = Stage.NUMBERS
