@@ -49,12 +49,12 @@ def test_any_bits_come_back(dtype, count, random):
 @given(st.sampled_from(coder.DTYPES), st.lists(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=7), min_size=1, max_size=6))
 def test_arrays_coded_together_come_back(dtype, shapes):
     rng = np.random.default_rng(1)
-    arrays = [(rng.laplace(0, 9, shape).round() if i % 2 else np.abs(rng.normal(0, 2, shape))).astype(dtype) for i, shape in enumerate(shapes)]
+    arrays = [rng.laplace(0, 9, shape).round().astype(dtype) if i % 2 else rng.exponential(2, shape).astype(dtype) for i, shape in enumerate(shapes)]
     for old, new in zip(arrays, coder.decode_all(b"".join(coder.encode_all(arrays)), dtype, shapes), strict=True):
         assert (new.shape, new.tobytes()) == (old.shape, old.tobytes())
 
 
-@pytest.mark.parametrize("array", [np.arange(60, dtype=np.float32).reshape(6, 10).T, np.arange(60)[::-3], np.arange(9, dtype=">i4"), np.float32(3)[None][0:1]])
+@pytest.mark.parametrize("array", [np.arange(60, dtype=np.float32).reshape(6, 10).T, np.arange(60)[::-3], np.arange(9, dtype=">i4")])
 def test_views_and_byte_orders_come_back(array):
     back(array)
 
@@ -89,14 +89,16 @@ def test_a_hundred_symbols_need_no_table():
     assert len(back(array)) <= entropy(array) + 16  # a table of 16 counts would take most of that
 
 
-@pytest.mark.parametrize("shape", [(64, 300), (64, 32, 3, 3)])
+@pytest.mark.parametrize("shape", [(64, 1152), (64, 128, 3, 3)])
 def test_scales_of_channels_are_learned(shape):
     """Symbols of channels with different scales take less than their joint entropy, close to the mean of their own."""
     rng = np.random.default_rng(0)
     scales = np.exp2(rng.uniform(-2, 2, (shape[0],) + (1,) * (len(shape) - 1)))
     array = np.clip((rng.laplace(0, 1, shape) * scales).round(), -16, 15).astype(np.int8)
     own = sum(entropy(row) for row in array)
-    assert len(back(array)) < 1.09 * own < 0.9 * entropy(array)
+    coded = len(back(array))
+    assert coded < 1.05 * own
+    assert coded < 0.93 * entropy(array)
 
 
 def test_dead_kernels_and_smooth_kernels_are_learned():
@@ -150,14 +152,17 @@ def test_other_dtypes_are_refused(dtype):
         coder.encode(np.zeros(3, np.dtype(dtype)))
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.integers(0, 11), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=4), st.integers(0, 400), st.binary(max_size=6))
+EDITS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 5), EDITS, st.integers(0, 400), st.binary(max_size=6))
 def test_forged_streams_fail_cleanly(which, edits, cut, tail):
-    array = FORGED[which % len(FORGED)]
+    array = FORGED[which]
     data = bytearray(coder.encode(array))
     for place, value in edits:
         data[place % len(data)] = value
-    for shape in (array.shape, (7, 9), (100_000,), ()):
+    for shape in (array.shape, (7, 9), (10_000,), ()):
         try:
             decoded = coder.decode(bytes(data[: cut or None]) + tail, array.dtype.name, shape)
         except FileError:
