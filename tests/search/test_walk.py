@@ -137,6 +137,16 @@ def test_without_a_size_the_smallest_model_within_the_drop_is_found() -> None:
     assert found.best.bytes == 6_250  # half the channels at 8 bits; the next two are tried and lose too much
 
 
+def test_one_rung_that_loses_too_much_does_not_end_the_way_to_the_smallest() -> None:
+    def measured(candidate: Candidate) -> tuple[float, float]:
+        return (5.0 if candidate.bytes == 12_500 else 0.0), 2.0
+
+    shop = Shop(toy(), size_by_bits_and_width, measured)
+    found = walk(shop, max_drop=0.5)
+    found.run()
+    assert found.best.bytes == 781
+
+
 def test_an_impossible_size_gives_the_smallest() -> None:
     shop = Shop(toy(), size_by_bits_and_width, lambda candidate: (1.0, 2.0))
     found = walk(shop, size="1/5000")
