@@ -52,4 +52,5 @@ def test_safe_asks_for_the_bound_and_not_the_mean() -> None:
 
 def test_the_nearer_is_better_then_the_faster_then_what_loses_less() -> None:
     order = [candidate(90, 1), candidate(80, 3), candidate(80, 0, speed=0.9), candidate(150, 0), candidate(90, 40)]
-    assert sorted(order[::-1], key=judge(size="1/10", max_drop=0.5).rank) == order
+    backwards = order[::-1]
+    assert sorted(backwards, key=judge(size="1/10", max_drop=0.5).rank) == order
