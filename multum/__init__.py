@@ -35,9 +35,9 @@ _FAMILIES = ("prune", "quantize", "distill")
 __all__ = [*_PLACES, *_FAMILIES]
 
 if TYPE_CHECKING:
-    import multum.distill as distill
-    import multum.prune as prune
-    import multum.quantize as quantize
+    from . import distill as distill  # type: ignore[attr-defined]
+    from . import prune as prune  # type: ignore[attr-defined]
+    from . import quantize as quantize  # type: ignore[attr-defined]
 
 
 class _Package(ModuleType):
