@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -33,11 +33,6 @@ _PLACES = {
 _FAMILIES = ("prune", "quantize", "distill")
 
 __all__ = [*_PLACES, *_FAMILIES]
-
-if TYPE_CHECKING:
-    from . import distill as distill  # type: ignore[attr-defined]
-    from . import prune as prune  # type: ignore[attr-defined]
-    from . import quantize as quantize  # type: ignore[attr-defined]
 
 
 class _Package(ModuleType):
