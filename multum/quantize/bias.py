@@ -10,9 +10,11 @@ from torch import Tensor, fx
 
 from ..graph import Graph, Layer, layers
 from ..graph.fuse import channel, give_bias
-from ..graph.model import aten
+from ..graph.model import aten, shape
 from ..task import Task
 from .observers import Watch, calibration
+
+_LINEAR = (aten.linear.default, aten.addmm.default)
 
 
 def correct_biases(graph: Graph, original: Graph, names: Container[str], task: Task, samples: int) -> dict[str, float]:
@@ -43,9 +45,12 @@ def correct_biases(graph: Graph, original: Graph, names: Container[str], task: T
 
 
 def _correctable(graph: Graph) -> list[Layer]:
-    """Layers whose operator takes a bias, and that share theirs with no other."""
+    """Convolutions, and linear layers with one row for each sample, that share their bias with no other layer.
+
+    The mean over tokens says little: padding counts in it, and inputs from a layer normalization have a mean near zero.
+    """
     known = layers(graph)
-    takes = [layer for layer in known if layer.kind == "conv" or layer.node.target in (aten.linear.default, aten.addmm.default)]
+    takes = [layer for layer in known if layer.kind == "conv" or (layer.node.target in _LINEAR and len(shape(layer.node)) == 2)]
     return [layer for layer in takes if layer.bias is None or sum(other.bias == layer.bias for other in known) == 1]
 
 

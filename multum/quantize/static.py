@@ -57,7 +57,9 @@ class Static(Step):
             ranges = [OBSERVERS[self.observer](histograms[value], grid) for value in roots if roots[value] is root]
             scale, zero = affine(min(low for low, _ in ranges), max(high for _, high in ranges), grid)
             parameters[root] = {"value": root.name, "bits": self.activation_bits, "scale": scale, "zero_point": zero}
-        return Plan(_changes(chosen, placement, parameters, weight_entries(chosen, self.weight_bits, self.edges)), skipped)
+        changes = _changes(chosen, placement, parameters, weight_entries(chosen, self.weight_bits, self.edges))
+        skipped |= {name: "its weight is quantized already" for name, change in changes.items() if not change}
+        return Plan({name: change for name, change in changes.items() if change}, skipped)
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         _, _, placement = self._prepare(graph, task)
