@@ -21,12 +21,12 @@ OUT = ROOT / "out" / "bench"
 
 def fashion() -> None:
     task = multum.load_task(ROOT / "examples/fashion_mnist/task.py")
-    row("Fashion-MNIST", multum.search(task, multum.Target(size="1/24", max_drop=0.5), OUT / "fashion", tell=tell).result)
+    row("Fashion-MNIST", multum.search(task, multum.Target(size="1/24", max_drop=0.5), OUT / "fashion", tell=tell).data)
 
 
 def reuters() -> None:
     task = multum.load_task(ROOT / "examples/reuters/task.py")
-    row("Reuters", multum.run(task, multum.Recipe.load(ROOT / "bench/recipes/reuters.yaml"), OUT / "reuters", tell=tell).result)
+    row("Reuters", multum.run(task, multum.Recipe.load(ROOT / "bench/recipes/reuters.yaml"), OUT / "reuters", tell=tell).data)
 
 
 def photos() -> None:
@@ -34,7 +34,7 @@ def photos() -> None:
     from task import agreement_data, task
 
     job = task()
-    row("photos", multum.run(job, multum.Recipe.load(ROOT / "bench/recipes/photos.yaml"), OUT / "photos", tell=tell).result)
+    row("photos", multum.run(job, multum.Recipe.load(ROOT / "bench/recipes/photos.yaml"), OUT / "photos", tell=tell).data)
     for what, data in (("all photos", agreement_data()), ("the photos that are scored", job.test)):
         before, after = (outputs(OUT / "photos" / f"{name}.onnx", data) for name in ("original", "model"))
         print(f"photos: agreement {agreement(before, after).mean():.1f} % of {len(before)}, {what}")

@@ -33,6 +33,10 @@ ROWS = (
 )
 
 
+# Passes over the training data after the weights were rounded to so many bits: the coarser, the longer.
+EPOCHS = {2: 4.5, 3: 2.0}
+
+
 @dataclass(frozen=True)
 class Rung:
     """A recipe of the ladder. `twin` is the same with activations in floating point, where the recipe makes them integers."""
@@ -78,11 +82,11 @@ def _steps(task: Task, share: float, bits: int, integer: bool) -> Iterator[Step]
     if share:
         yield Channels(ratio=share)
         if recovers:
-            yield Logits()
+            yield Logits(epochs=1.0 if share > 0.3 else 0.5)
     if bits < 8:
         yield WeightOnly(bits=bits)
         if recovers:
-            yield Logits(epochs=3.0)
+            yield Logits(epochs=EPOCHS.get(bits, 1.0))
     if integer:
         yield Static()
         if recovers and bits == 8:
