@@ -37,7 +37,7 @@ def photos() -> None:
     row("photos", multum.run(job, multum.Recipe.load(ROOT / "bench/recipes/photos.yaml"), OUT / "photos", tell=tell).data)
     for what, data in (("all photos", agreement_data()), ("the photos that are scored", job.test)):
         before, after = (outputs(OUT / "photos" / f"{name}.onnx", data) for name in ("original", "model"))
-        print(f"photos: agreement {agreement(before, after).mean():.1f} % of {len(before)}, {what}")
+        print(f"photos: agreement {agreement(before, after):.1f} % of {len(before)}, {what}")
 
 
 def outputs(path: Path, data: multum.task.Batches) -> torch.Tensor:

@@ -11,7 +11,7 @@ from multum.prune import Channels
 from multum.quantize import Static, WeightOnly
 
 
-@pytest.mark.parametrize("step", [Static(), WeightOnly(bits=4), WeightOnly(exclude="4.*")], ids=str)
+@pytest.mark.parametrize("step", [Static(), WeightOnly(bits=4), WeightOnly(exclude="4")], ids=str)
 def test_every_layer_is_accounted_for(task, step):
     (record,) = multum.compress(task, step).records
     weighty = {layer.name for layer in layers(task.original) if layer.kind != "norm"}

@@ -25,7 +25,7 @@ def test_onnx_and_mip_agree_with_the_graph(task, steps, tmp_path):
         found = multum.Session(tmp_path / file, engine="onnxruntime").predict(x)
         cosine = float((expected * found).sum() / (expected.norm() * found.norm()))
         assert cosine >= 0.999, file
-        assert agreement(expected, found).mean() >= 98.0, file  # one of 64 samples may lie on the edge
+        assert agreement(expected, found) >= 98.0, file  # one of 64 samples may lie on the edge
 
 
 def test_integer_weights_are_integers_in_the_file(task, tmp_path):
