@@ -212,18 +212,18 @@ def _load_module(name: str) -> Any:
 
 @contextmanager
 def _importing_from(folder: Path | None) -> Iterator[None]:
-    """Lets a task file import its neighbours, without leaving their (often common) names behind for the next one."""
+    """Lets a task file import its neighbours, whose names are often common, without mixing them up with those of another task."""
     if folder is None:
         yield
         return
     place = str(folder.resolve())
-    before = set(sys.modules)
+    neighbours = [path.stem for path in folder.glob("*.py")] + [path.parent.name for path in folder.glob("*/__init__.py")]
+    hidden = {name: sys.modules.pop(name) for name in neighbours if name in sys.modules}
     sys.path.insert(0, place)
     try:
         yield
     finally:
         sys.path.remove(place)
-        for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file and str(Path(file).parent) == place:
-                del sys.modules[name]
+        for name in neighbours:
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)
