@@ -57,6 +57,8 @@ def _weight(graph: Graph, node: fx.Node) -> fx.Node:
     integers = to_integers(value, graph, node)
     axis = read(node, "axis", 0)
     name = str(node.args[0].target) if node.args[0].op == "get_attr" else node.name  # type: ignore[union-attr]
+    if f"{name}_integers" in dict(graph.named_tensors()):  # the same weight on another grid
+        name = f"{name}_{node.name}"
     one = read(node, "axis") is None
     parts = {
         "integers": integers,

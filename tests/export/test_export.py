@@ -244,6 +244,29 @@ def test_a_table_is_looked_up_as_integers_that_it_shares_with_the_tied_head():
     assert verify(graph, content).cosine > 0.999999
 
 
+def test_one_weight_on_two_grids_is_stored_on_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return nn.functional.linear(torch.relu(nn.functional.linear(x, self.weight)), self.weight)
+
+    graph = capture(Twice(), torch.randn(2, 4))
+    for index, linear in enumerate(graph.find(aten.linear.default)):
+        graph.set_tensor(f"scale{index}", torch.full((4,), 0.02 * (1 + 4 * index)))
+        graph.set_tensor(f"zero{index}", torch.zeros(4, dtype=torch.int32))
+        reads = [graph.attribute(f"{part}{index}", linear) for part in ("scale", "zero")]
+        with graph.fx.inserting_before(linear):
+            linear.update_arg(1, graph.fx.call_function(PER_CHANNEL, (linear.args[1], *reads, 0, -128, 127)))
+    graph.recompile()
+    graph.refresh()
+    content = to_onnx_bytes(graph)
+    assert sum(value.dtype == np.int8 and value.ndim == 2 for value in constants(loaded(content)).values()) == 2
+    assert verify(graph, content).cosine > 0.999999
+
+
 def test_the_file_of_a_quantized_network_is_small():
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
     graph = capture(model, torch.randn(2, 256))
@@ -278,11 +301,21 @@ def test_labels_are_compared_on_held_inputs():
     with torch.no_grad():
         graph.tensor("weight").copy_(torch.eye(2) * 1.001)
     assert verify(graph, content, [x]).largest_difference == pytest.approx(0.001, rel=1e-3)
-    near = torch.tensor([[1.0, 0.99]])
+
+
+def test_labels_that_the_graph_holds_for_equal_count_as_the_same():
+    layer = nn.Linear(1, 3, bias=False)
     with torch.no_grad():
-        graph.tensor("weight").copy_(torch.tensor([[1.0, 0.0], [0.03, 1.0]]))  # the second label wins by 0.02 of outputs near 1
+        layer.weight.copy_(torch.tensor([[1.0], [0.999], [-1.0]]))
+    graph = capture(layer, torch.randn(2, 1))
+    content, x = to_onnx_bytes(graph), torch.ones(100, 1)
+    with torch.no_grad():
+        graph.tensor("weight")[1] = 1.005  # the standard deviation is 0.94, a fiftieth of it is 0.019
+    assert verify(graph, content, [x]).agreement == 1.0
+    with torch.no_grad():
+        graph.tensor("weight")[1] = 1.05
     with pytest.raises(ExportError, match=r"labels agree on 0\.0% of 100 samples"):
-        verify(graph, content, [near.repeat(100, 1)])
+        verify(graph, content, [x])
 
 
 def test_verification_needs_inputs():
