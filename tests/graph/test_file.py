@@ -237,7 +237,8 @@ def test_any_damage_gives_a_graph_or_a_file_error(described, data):
     damaged = copy.deepcopy(described[0])
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(st.sampled_from([path for path in places(damaged) if path]))
-        changed(path, data.draw(st.one_of(JUNK, st.just(KeyError))))(damaged)
+        junk = copy.deepcopy(data.draw(st.one_of(JUNK, st.just(KeyError))))  # later damage may go into this one
+        changed(path, junk)(damaged)
     try:
         graph = from_data(damaged, described[1])
     except FileError:
