@@ -5,12 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import Tensor, fx
 
 from ..errors import GraphError, near
 from . import axis_views as _axis_views  # noqa: F401  (registers its rules)
 from .axis import Axis, atoms, find, fix, kept, mask, places
+from .axis_kinds import kinds
 from .axis_rules import pointwise
 from .axis_trace import RULES, Axes, Edit, Trace, fix_all, fixed, is_pointwise, unknown
 from .layers import Layer, layers
@@ -24,10 +26,11 @@ class Group:
     """Channels that are cut together: index i of it is the same channel in every member.
 
     `members` are tensors with the dimension in which the group lies; `producers` are the layers whose outputs it is,
-    `consumers` those that read it. `reason` says why it cannot be cut; None when it can.
+    `consumers` those that read it. `reason` says why it cannot be cut; None when it can. `kind` says what one channel is: a key of `KINDS`.
     """
 
     name: str
+    kind: str
     size: int
     reason: str | None
     members: tuple[tuple[str, int], ...]
@@ -35,16 +38,22 @@ class Group:
     consumers: tuple[str, ...]
     axis: Axis
 
+    @property
+    def block(self) -> str:
+        """The innermost module of the user's that has all layers of the group, such as `encoder.layer.0.attention`."""
+        paths = [name.split(".")[:-1] for name in (*self.producers, *self.consumers)]
+        return ".".join(path[0] for path in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+
 
 class Groups:
     """The groups of a graph, by name in order of execution: all that can be cut, and all that a layer makes."""
 
-    def __init__(self, trace: Trace, found: Sequence[Layer]):
+    def __init__(self, graph: Graph, trace: Trace, found: Sequence[Layer]):
         self.tensors: dict[str, Axes] = trace.tensors
         self.results: dict[fx.Node, Axes] = trace.results
         self.edits: list[Edit] = trace.edits
         self.layers = {layer.name: layer for layer in found}
-        self._groups = {group.name: group for group in _groups(trace.tensors, found)}
+        self._groups = {group.name: group for group in _groups(graph, trace, found)}
         self._named = {group.axis: group for group in self._groups.values()}
 
     def __iter__(self) -> Iterator[Group]:
@@ -122,7 +131,7 @@ def axes(graph: Graph) -> Groups:
         else:
             for result in node.all_input_nodes:
                 fix_all(trace.axes(result), "it is an output of the model")
-    return Groups(trace, layers(graph))
+    return Groups(graph, trace, layers(graph))
 
 
 def _call(trace: Trace, node: fx.Node) -> None:
@@ -155,8 +164,9 @@ def _products(axis: Axis) -> list[Axis]:
     return [found for part in axis.parts for found in _products(part)]
 
 
-def _groups(tensors: Mapping[str, Axes], found: Sequence[Layer]) -> list[Group]:
+def _groups(graph: Graph, trace: Trace, found: Sequence[Layer]) -> list[Group]:
     """One group for each atom that is longer than one; the layer that makes it, or else a tensor that has it, names it."""
+    tensors = trace.tensors
     names: dict[Axis, str] = {}
     producers: dict[Axis, dict[str, None]] = {}
     consumers: dict[Axis, dict[str, None]] = {}
@@ -174,10 +184,11 @@ def _groups(tensors: Mapping[str, Axes], found: Sequence[Layer]) -> list[Group]:
             for atom in inside:
                 members.setdefault(atom, []).append((tensor, dim))
             _name(names, inside, f"{tensor}:{dim}")
+    kind = kinds(graph, trace, found)
     return [
-        Group(name, atom.size, atom.reason, tuple(members[atom]), tuple(producers.get(atom, ())), tuple(consumers.get(atom, ())), atom)
+        Group(name, kind(atom, *sides), atom.size, atom.reason, tuple(members[atom]), *sides, atom)
         for atom, name in names.items()
-        if atom.reason is None or atom in producers
+        if (sides := (tuple(producers.get(atom, ())), tuple(consumers.get(atom, ())))) and (atom.reason is None or sides[0])
     ]
 
 

@@ -10,6 +10,7 @@ from torch import fx
 
 from .axis import Axis, fix, product, total, unify
 from .axis_trace import Axes, Trace, broadcast, fix_all, fixed, name_of, rule, shape, unknown
+from .layers import source
 from .model import aten, read
 
 # --- element by element ------------------------------------------------------------------------------------------------
@@ -79,7 +80,11 @@ def _multiply(a: Axes, b: Axes) -> Axes:
 
 @rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
 def _matmul(trace: Trace, node: fx.Node) -> Any:
-    return _multiply(trace.axes(node.args[0]), trace.axes(node.args[1]))
+    a, b = trace.axes(node.args[0]), trace.axes(node.args[1])
+    if all(source(operand) is None for operand in node.args):  # no weight: queries and keys, or what they attend to
+        trace.note("heads", (*a[:-2], *b[:-2]))
+        trace.note("width", (a[-1], b[-1]))
+    return _multiply(a, b)
 
 
 @rule(aten.addmm, aten.baddbmm, aten.addmv)
@@ -272,7 +277,9 @@ def _attention(trace: Trace, node: fx.Node) -> Any:
     """q [..., L, E], k [..., S, E], v [..., S, V], mask [..., L, S] -> [..., L, V]."""
     q, k, v = (trace.argument(node, name) for name in ("query", "key", "value"))
     if read(node, "enable_gqa"):
-        shared = product([k[-3], Axis(q[-3].size // k[-3].size)])
+        queries = Axis(q[-3].size // k[-3].size)
+        trace.note("queries", [queries])
+        shared = product([k[-3], queries])
         unify(q[-3], shared)
         unify(k[-3], v[-3])
         k, v = ((*axes[:-3], shared, *axes[-2:]) for axes in (k, v))
@@ -282,6 +289,8 @@ def _attention(trace: Trace, node: fx.Node) -> Any:
     if read(node, "is_causal"):
         fix(q[-2], "the causal mask runs along it")
     scores = (*broadcast([q[:-2], k[:-2], v[:-2]]), q[-2], k[-2])
+    trace.note("heads", scores[:-2])
+    trace.note("width", (q[-1], v[-1]))
     broadcast([scores, trace.argument(node, "attn_mask")])
     if read(node, "scale") is None:  # it follows from the size of q; the original's stays
         trace.literal(node, "scale", lambda kept: None if kept(q[-1]) == q[-1].size else 1 / math.sqrt(q[-1].size))
@@ -299,6 +308,7 @@ def _recurrent(trace: Trace, node: fx.Node) -> Any:
     count = len(weights) // (read(node, "num_layers") * directions)
     if not any(len(weight) == 2 for start in range(0, len(weights), count) for weight in weights[start + 2 : start + count]):
         unify(hidden, outputs)
+    trace.note("units", (hidden, outputs))
     given = x[2]
     for start in range(0, len(weights), count):
         w_ih, w_hh, *others = weights[start : start + count]

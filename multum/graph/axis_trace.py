@@ -20,12 +20,17 @@ RULES: dict[Any, Rule] = {}
 
 
 class Trace:
-    """The axes of every tensor and every result of a graph, as far as the rules have come, and the edits of literals."""
+    """The axes of every tensor and every result of a graph, as far as the rules have come, their roles, and the edits of literals."""
 
     def __init__(self) -> None:
         self.results: dict[fx.Node, Any] = {}
         self.tensors: dict[str, Axes] = {}
         self.edits: list[Edit] = []
+        self.roles: dict[str, list[Axis]] = {}
+
+    def note(self, role: str, axes: Iterable[Axis]) -> None:
+        """What the axes are for: the `kind` of the groups that they turn out to hold."""
+        self.roles.setdefault(role, []).extend(axes)
 
     def axes(self, value: Any) -> Axes:
         """The axes of an argument; none for a scalar."""

@@ -68,6 +68,7 @@ def _expand(trace: Trace, node: fx.Node) -> Any:
         axis if axis.size == size else Axis(size, None if isinstance(old, int) else _BATCH)
         for axis, size, old in zip(padded, sizes, wanted, strict=True)
     )
+    trace.note("queries", (axis for axis, before in zip(axes, padded, strict=True) if axis is not before))
     trace.literal(node, "size", lambda kept: [kept(a) if isinstance(s, int) and s != -1 else s for s, a in zip(wanted, axes, strict=True)])
     return axes
 
@@ -75,9 +76,14 @@ def _expand(trace: Trace, node: fx.Node) -> Any:
 @rule(aten.repeat)
 def _repeat(trace: Trace, node: fx.Node) -> Any:
     given, times = trace.axes(node.args[0]), read(node, "repeats")
-    sizes = shape(node)
     padded = (*(Axis(1) for _ in range(len(times) - len(given))), *given)
-    return tuple(product([Axis(size // axis.size, "it is repeated"), axis]) for size, axis in zip(sizes, padded, strict=True))
+    copies = [
+        Axis(size // axis.size if axis.size else 1, None if isinstance(count, int) else _BATCH)
+        for size, axis, count in zip(shape(node), padded, times, strict=True)
+    ]
+    trace.note("queries", copies)
+    trace.literal(node, "repeats", lambda kept: [kept(a) if isinstance(t, int) else t for t, a in zip(times, copies, strict=True)])
+    return tuple(product([copy, axis]) for copy, axis in zip(copies, padded, strict=True))
 
 
 @rule(aten.repeat_interleave.self_int)
@@ -86,7 +92,12 @@ def _repeat_interleave(trace: Trace, node: fx.Node) -> Any:
     if dim is None or not isinstance(times, int):
         return unknown(trace, node)
     dim %= len(given)
-    return tuple(product([axis, Axis(times, "it is repeated")]) if place == dim else axis for place, axis in enumerate(given))
+    copies = Axis(times)
+    trace.note("queries", [copies])
+    trace.literal(node, "repeats", lambda kept: kept(copies))
+    if read(node, "output_size") is not None:
+        trace.literal(node, "output_size", lambda kept: kept(copies) * kept(given[dim]))
+    return tuple(product([axis, copies]) if place == dim else axis for place, axis in enumerate(given))
 
 
 # --- joining and parting -----------------------------------------------------------------------------------------------

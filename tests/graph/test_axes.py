@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from multum import capture
 from multum.errors import GraphError
+from multum.graph import surgery
 from multum.graph.axes import Groups, axes
 from multum.graph.axis import Axis, atoms, cut, find, fix, kept, mask, places, product, total, unify
+from multum.testing import ZOO
 
 
 def sizes(axis: Axis) -> list[int]:
@@ -165,6 +167,74 @@ def test_both_halves_of_a_gated_layer_are_one_group(attention: Groups) -> None:
     (half,) = attention.outputs("gate")
     assert (half.size, half.reason) == (32, None)
     assert attention.places("gate.weight", 0, half).tolist() == [*range(32), *range(32)]
+
+
+class Grouped(nn.Module):
+    """Two key-value heads, each for three query heads; `how` shares them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.attn = how, nn.ModuleDict({"q": nn.Linear(8, 24), "k": nn.Linear(8, 8), "v": nn.Linear(8, 8), "o": nn.Linear(24, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (self.attn[name](x).view(b, n, -1, 4).transpose(1, 2) for name in "qkv")
+        if self.how == "operator":
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        else:
+            k, v = (self.shared(part) for part in (k, v))
+            y = (q @ k.transpose(2, 3)).softmax(-1) @ v
+        return self.attn["o"](y.transpose(1, 2).reshape(b, n, 24))
+
+    def shared(self, x: Tensor) -> Tensor:
+        b, h, n, w = x.shape
+        if self.how == "interleave":
+            return x.repeat_interleave(3, 1)
+        return (x[:, :, None].expand(b, h, 3, n, w) if self.how == "expand" else x[:, :, None].repeat(1, 1, 3, 1, 1)).reshape(
+            b, 3 * h, n, w
+        )
+
+
+@pytest.mark.parametrize("how", ["operator", "expand", "interleave", "repeat"])
+def test_shared_key_value_heads_and_the_query_heads_of_each_are_groups(how: str) -> None:
+    model, x = Grouped(how).eval(), torch.randn(2, 5, 8)
+    graph = capture(model, x)
+    groups = axes(graph)
+    heads, queries, _, _ = (group for group in groups if not group.reason)
+    assert [(group.kind, group.size, group.block) for group in (heads, queries)] == [("heads", 2, "attn"), ("queries", 3, "attn")]
+    assert heads.producers == ("attn.q", "attn.k", "attn.v")
+    assert queries.producers == ("attn.q",)
+    surgery.cut(graph, {heads.name: [1], queries.name: [0, 2]})
+    assert {name: tuple(graph.tensor(f"attn.{name}.weight").shape) for name in "qkvo"} == {
+        "q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8),
+    }  # fmt: skip
+    with torch.no_grad():  # of the whole, what the other query heads give is not read
+        read = torch.zeros(2, 3, 4)
+        read[1, [0, 2]] = 1
+        model.attn["o"].weight *= read.flatten()
+        torch.testing.assert_close(graph(x), model(x))
+
+
+def test_kinds_tell_heads_neurons_and_the_residual_stream_apart(attention: Groups) -> None:
+    assert [(group.name, group.kind) for group in attention if not group.reason or group.name == "inp:out"] == [
+        ("inp:out", "stream"), ("qkv:out[1]", "heads"), ("qkv:out[2]", "width"), ("gate:out", "neurons"),
+    ]  # fmt: skip
+
+
+def test_kinds_of_convolutions_and_recurrent_layers() -> None:
+    kinds = {name: {group.name: group.kind for group in axes(capture(*ZOO[name]()))} for name in ("resnet", "lstm", "densenet")}
+    assert kinds["resnet"]["0.0:out"] == kinds["resnet"]["2.conv2:out"] == "stream"
+    assert kinds["resnet"]["1.conv1.0:out"] == kinds["densenet"]["layers.0.2:out"] == "channels"
+    assert kinds["lstm"]["rnn.weight_ih_l0:out[1]"] == "units"
+
+
+def test_neurons_stay_neurons_when_a_function_of_them_is_added_to_them() -> None:
+    class Gelu(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self[0](x)
+            return self[1](y * torch.tanh(y + 0.04 * y**3))
+
+    assert next(iter(axes(capture(Gelu(nn.Linear(3, 8), nn.Linear(8, 2)), torch.zeros(2, 3))))).kind == "neurons"
 
 
 def test_an_unknown_group_names_the_near_misses(attention: Groups) -> None:
