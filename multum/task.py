@@ -139,6 +139,18 @@ def check_finite(value: Any, what: str) -> None:
             raise TaskError(f"The {what} holds NaN or infinite values.", "finite numbers", "check how the data are loaded and normalized")
 
 
+def calibration(task: Task, samples: int) -> Iterator[Any]:
+    """The inputs of the first calibration batches, up to `samples` samples; a shuffling loader gives the same ones each time."""
+    seen = 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(task.seed)
+        for inputs, _ in task.data("calibration"):
+            yield inputs
+            seen += next((len(leaf) for leaf in tensors(inputs) if leaf.ndim), 1)
+            if seen >= samples:
+                return
+
+
 def checked(batches: Batches, part: str) -> Batches:
     """The same batches; each is checked to be a pair of finite inputs and targets as it comes by."""
     return _Checked(batches, part)

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from ..graph import Graph, Layer, layers
 from ..graph.fuse import channel, give_bias
 from ..graph.model import aten, shape
-from ..task import Task
-from .observers import Watch, calibration
+from ..graph.watch import Watch
+from ..task import Task, calibration
 
 _LINEAR = (aten.linear.default, aten.addmm.default)
 

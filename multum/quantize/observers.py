@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import StepError, TaskError
-from ..graph import Graph, spec
-from ..graph.capture import arguments
-from ..task import Task, tensors
+from ..graph import Graph
+from ..graph.watch import Watch
+from ..task import Task, calibration
 from .grid import Grid, affine
 
 _HALF = 4096  # bins on each side of zero
@@ -90,37 +90,6 @@ def mse(histogram: Histogram, grid: Grid) -> tuple[float, float]:
 
 
 OBSERVERS: dict[str, Callable[[Histogram, Grid], tuple[float, float]]] = {"minmax": minmax, "percentile": percentile, "mse": mse}
-
-
-class Watch(fx.Interpreter):
-    """Runs the graph and shows the results of some nodes to a function; every result is freed after its last use."""
-
-    def __init__(self, graph: Graph, nodes: Iterable[fx.Node], see: Callable[[fx.Node, Any], Any]):
-        super().__init__(graph.tensors, garbage_collect_values=True, graph=graph.fx)
-        self.inputs, self.nodes, self.see = graph.inputs, frozenset(nodes), see
-
-    def __call__(self, inputs: Any) -> None:
-        """Runs one batch. What `see` returns, unless it is None, takes the place of the result."""
-        self.run(*spec.flatten(arguments(inputs), self.inputs))
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.nodes:
-            changed = self.see(n, result)
-            return result if changed is None else changed
-        return result
-
-
-def calibration(task: Task, samples: int) -> Iterator[Any]:
-    """The inputs of the first calibration batches, up to `samples` samples; a shuffling loader gives the same ones each time."""
-    seen = 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(task.seed)
-        for inputs, _ in task.data("calibration"):
-            yield inputs
-            seen += next((len(leaf) for leaf in tensors(inputs) if leaf.ndim), 1)
-            if seen >= samples:
-                return
 
 
 def observe(graph: Graph, nodes: Iterable[fx.Node], task: Task, samples: int) -> dict[fx.Node, Histogram]:

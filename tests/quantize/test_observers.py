@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from multum.errors import MultumError, StepError, TaskError
+from multum.graph.watch import Watch
 from multum.quantize.grid import affine, unsigned
-from multum.quantize.observers import Histogram, Watch, calibration, minmax, mse, observe, percentile
-from multum.task import Task
+from multum.quantize.observers import Histogram, minmax, mse, observe, percentile
+from multum.task import Task, calibration
 
 GRID = unsigned(8)
 
