@@ -10,6 +10,7 @@ from time import perf_counter
 
 _SAMPLE = 0.002  # seconds; below this the clock and the scheduler show
 _WARM = 0.05  # seconds
+_GROUP = Path("/proc/self/autogroup")  # the scheduler's share of this process's session
 _COLD = 0.02  # seconds; a call longer than this does not feel the caches that another process left behind
 
 
@@ -48,14 +49,13 @@ def undisturbed() -> Iterator[None]:
     Linux gives every session the same share of the processors (sched_autogroup), whatever the niceness of its processes: next to a busy
     session, times read 2 to 10 times too long.
     """
-    group = Path("/proc/self/autogroup")
     before = ""
     with contextlib.suppress(OSError):
-        before = group.read_text().split()[-1]
-        group.write_text("-20")
+        before = "".join(_GROUP.read_text().split()[-1:])  # empty for a process that is in no such group
+        _GROUP.write_text("-20")
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             if before:
-                group.write_text(before)
+                _GROUP.write_text(before)

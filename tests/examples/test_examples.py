@@ -46,12 +46,16 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """The file of an example that the test names, imported as the example itself would."""
     path = EXAMPLES / request.param
     monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    for neighbour in path.parent.glob("*.py"):  # that of another example may have the same name
+        monkeypatch.delitem(sys.modules, neighbour.stem, raising=False)
     description = importlib.util.spec_from_file_location(f"example_{path.parent.name}_{path.stem}", path)
     assert description is not None
     assert description.loader is not None
     module = importlib.util.module_from_spec(description)
     description.loader.exec_module(module)
-    return module
+    yield module
+    for neighbour in path.parent.glob("*.py"):
+        sys.modules.pop(neighbour.stem, None)
 
 
 def samples(data: Batches) -> int:
