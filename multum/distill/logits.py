@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import StepError
 from ..graph import Graph
 from ..graph.fuse import fuse
+from ..graph.layers import QUANTIZERS
 from ..graph.model import aten
 from ..step import Plan, Step, option
 from ..task import Task, call, tensors
@@ -32,6 +33,7 @@ class Logits(Step):
     alpha: float = option(0.9, "weight of the original's outputs in the loss, 0 to 1; the task's loss has the rest")
     optimizer: str = option("adamw", "adamw or sgd")
     patience: int = option(5, "passes without a better validation score after which training stops; 0: never")
+    bits: float | None = option(None, "most entropy of the quantized weights at the end, bits per weight: bounds the size of the file")
 
     def plan(self, graph: Graph, task: Task) -> Plan:
         if self.temperature <= 0:
@@ -40,9 +42,13 @@ class Logits(Step):
             raise StepError(f"alpha is {self.alpha!r}.", "a number from 0 to 1")
         if self.alpha == 0 and task.loss is None:
             raise StepError(f"alpha is 0 and the task {task.name!r} has no loss.", "Task(..., loss=...) or an alpha above 0")
+        if self.bits is not None and not graph.find(*QUANTIZERS):
+            raise StepError(
+                f"{self.bits} bits are asked for and no weight is quantized.", "quantized weights", "put quantize.RateDistortion before"
+            )
         how = self._training(graph)
         alpha = self.alpha if task.loss else 1.0
-        change = {"epochs": how.epochs, "learning_rate": how.learning_rate, "optimizer": how.optimizer}
+        change = {"epochs": how.epochs, "learning_rate": how.learning_rate, "optimizer": how.optimizer, "bits": how.bits}
         return Plan({"*": change | {"temperature": self.temperature, "alpha": alpha}})
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
@@ -57,7 +63,7 @@ class Logits(Step):
 
     def _training(self, graph: Graph) -> Training:
         rate = default_rate(graph, self.optimizer) if self.learning_rate is None else self.learning_rate
-        return Training(epochs=self.epochs, learning_rate=rate, optimizer=self.optimizer, patience=self.patience)
+        return Training(epochs=self.epochs, learning_rate=rate, optimizer=self.optimizer, patience=self.patience, bits=self.bits)
 
 
 def default_rate(graph: Graph, optimizer: str) -> float:
@@ -66,7 +72,7 @@ def default_rate(graph: Graph, optimizer: str) -> float:
     Batch normalization makes the outputs independent of the scale of the weights, so that large steps do no harm.
     Without it, in transformers and where it was folded before quantization, they destroy what is there.
     """
-    rate = 2e-3 if graph.find(aten.batch_norm.default) else 1e-4
+    rate = 1e-3 if graph.find(aten.batch_norm.default) else 1e-4
     return rate * 10 if optimizer == "sgd" else rate
 
 

@@ -20,20 +20,22 @@ def weight_scale(weight: Tensor, grid: Grid) -> Tensor:
     return full_scale(weight, grid) if grid.high >= 127 else best_scale(weight, grid)
 
 
-def quantize_weight(graph: Graph, layer: Layer, bits: int) -> None:
+def quantize_weight(graph: Graph, layer: Layer, bits: int, scale: float | None = None) -> None:
     """Reads the layer's weight through a quantizer wherever the graph reads it, with a scale per output channel that trains.
+
+    A `scale` that is given is that of all channels, and stays.
 
     The gradient of the scale is multiplied by 1 / sqrt(weights per scale * largest integer) (Esser et al. 2020, section 2.2).
     """
     weight = graph.tensor(layer.weight)
     grid = signed(bits, layer.axis)
-    scale = weight_scale(weight, grid)
-    graph.set_tensor(f"{layer.weight}_scale", scale, parameter=True)
-    graph.set_tensor(f"{layer.weight}_zero_point", torch.zeros_like(scale))
+    scales = weight_scale(weight, grid) if scale is None else weight.new_full([weight.shape[layer.axis]], scale)
+    graph.set_tensor(f"{layer.weight}_scale", scales, parameter=scale is None)
+    graph.set_tensor(f"{layer.weight}_zero_point", torch.zeros_like(scales))
     reads = [node for node in graph.fx.nodes if node.op == "get_attr" and node.target == layer.weight]
     first, after = reads[0], reads[0].next
     rest = [graph.attribute(f"{layer.weight}_{name}", after) for name in ("scale", "zero_point")]
-    factor = 1 / math.sqrt(weight.numel() / scale.numel() * grid.high)
+    factor = 1 / math.sqrt(weight.numel() / scales.numel() * grid.high)
     args = (first, *rest, layer.axis, grid.low, grid.high, factor)
     quantizer = _call_after(graph, rest[-1], aten._fake_quantize_learnable_per_channel_affine.default, args, first, layer.name)
     for node in reads:

@@ -82,5 +82,5 @@ def quantize_weights(graph: Graph, plan: Plan) -> None:
     for layer in layers(graph):
         entry = plan.changes.get(layer.name, {})
         if "weight" in entry and layer.weight not in done:
-            quantize_weight(graph, layer, entry["weight"]["bits"])
+            quantize_weight(graph, layer, entry["weight"]["bits"], entry["weight"].get("scale"))
             done.add(layer.weight)

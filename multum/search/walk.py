@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import FileError, MissingExtra, MultumError, TaskError
 from .evaluate import Candidate, Workshop
 from .judge import Judge
-from .ladder import Rung, ladder
+from .ladder import Rung, between, ladder
 
 _SLOWER = 1.05  # integer activations are kept where they are faster than floating-point ones by more than this
 _LONGER = 3.0  # times the training, when a recipe loses too much
@@ -48,10 +48,17 @@ class Walk:
         for rung in ladder(self.workshop.task):
             with self._recording(rung):
                 self.sketched.append(self._sketch(rung))
+        sizes = {step.rung: step.candidate.bytes for step in self.sketched}
+        exact = between(self.workshop.task, sizes, limit) if limit is not None else None
+        if exact:
+            with self._recording(exact):
+                self.sketched.append(self._sketch(exact))
         if self.last and not self.sketched:
             raise self.last
         self.sketched.sort(key=lambda step: -step.candidate.bytes)
         fitting = [step for step in self.sketched if limit is None or step.candidate.bytes <= limit]
+        if exact:  # of the rungs that differ in bits alone, the one with most of them that fits loses least
+            fitting = [step for step in fitting if step.rung is exact or not (step.rung.row and step.rung.row[0] == 0)]
         if not fitting:
             self.tell("No recipe of the ladder is small enough; the smallest is tried.")
         for step in self._steps(fitting or self.sketched[-1:]):

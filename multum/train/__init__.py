@@ -2,5 +2,6 @@
 
 from .layout import arrange, lay_out
 from .loop import Loss, Training, fit
+from .rate import entropy
 
-__all__ = ["Loss", "Training", "arrange", "fit", "lay_out"]
+__all__ = ["Loss", "Training", "arrange", "entropy", "fit", "lay_out"]

@@ -22,6 +22,7 @@ from ..graph.model import aten, read
 from ..task import Task, call
 from . import checkpoint
 from .layout import arrange, convert, lay_out
+from .rate import Rate
 
 Loss = Callable[[Any, Any, Any], Tensor]  # (inputs, outputs, targets) -> scalar
 
@@ -39,7 +40,8 @@ class Training:
     """How to train. `epochs` may be a fraction of a pass; the rate warms up linearly, then falls to zero as a cosine.
 
     `warmup` is a share of all steps; `clip` bounds the norm of the gradient (0: not at all); `patience` is the number of
-    passes without a better validation score after which training stops (0: never).
+    passes without a better validation score after which training stops (0: never); `bits` is the most entropy that the
+    quantized weights may have at the end, bits per weight (None: any).
     """
 
     epochs: float = 1.0
@@ -49,12 +51,13 @@ class Training:
     warmup: float = 0.05
     clip: float = 1.0
     patience: int = 5
+    bits: float | None = None
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "sgd"):
             raise TrainError(f"The optimizer is {self.optimizer!r}.", "'adamw' or 'sgd'")
-        for name in ("epochs", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("epochs", "learning_rate", "bits"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise TrainError(f"{name} is {getattr(self, name)!r}.", "a number above zero")
         for name, most in (("weight_decay", math.inf), ("warmup", 1.0), ("clip", math.inf), ("patience", math.inf)):
             if not 0 <= getattr(self, name) <= most:
@@ -114,6 +117,7 @@ class _Run:
         self.model = self.accelerator.prepare_model(graph)
         self.parameters = [parameter for parameter in graph.parameters() if parameter.requires_grad]
         self.scales = _scales(graph)
+        self.rate = None if how.bits is None else Rate(graph, how.bits)
         self.optimizer = self.accelerator.prepare_optimizer(_optimizer(graph, how, self.accelerator.device))
         self.step = self.seen = 0  # steps done in all, and batches seen in this pass
         self.order: dict[str, Tensor] = {}  # the random state in which this pass began
@@ -122,6 +126,7 @@ class _Run:
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []
         self.kept, self.state = 0, _state(graph)
+        self.best: float | None = None  # the score of what is kept, once it is small enough to be judged by it
         self.seconds, self.began, self.saved = 0.0, time.perf_counter(), time.perf_counter()
 
     def train(self) -> dict[str, Any]:
@@ -177,6 +182,9 @@ class _Run:
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             form = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise TrainError(f"The loss gave {form}.", "one number that depends on the outputs")
+        if self.rate:
+            self.rate.adjust(self.step, self.steps)
+            value = value + self.rate.term()
         for group in self.optimizer.param_groups:
             group["lr"] = self.how.rate(self.step, self.steps) * group.get("factor", 1.0)
         self.accelerator.backward(value)
@@ -224,11 +232,15 @@ class _Run:
         return value
 
     def _keep(self) -> None:
-        """Takes the present state for the result, if it is the best so far or there is nothing to judge it by."""
-        earlier = [score for step, score in self.validation if step]
-        score = self._score()
-        if score is None or not earlier or (score > max(earlier) if self.task.higher_is_better else score < min(earlier)):
+        """Takes the present state for the result, if it is the best so far or there is nothing to judge it by.
+
+        Until the weights are as small as asked, the last state is the best.
+        """
+        score, small = self._score(), self.rate is None or self.rate.met()
+        better = score is None or self.best is None or (score > self.best if self.task.higher_is_better else score < self.best)
+        if self.best is None or (small and better):
             self.kept, self.state = self.step, _state(self.graph)
+            self.best = score if small else None
 
     def _patience_is_over(self) -> bool:
         return bool(self.how.patience and self.kept) and sum(step > self.kept for step, _ in self.validation) >= self.how.patience
@@ -241,6 +253,8 @@ class _Run:
             "loss_first": float(np.mean(self.losses[:tenth])),
             "loss_last": float(np.mean(self.losses[-tenth:])),
         }
+        if self.rate:
+            history["bits"] = self.rate.entropy()
         return history | ({"validation": self.validation, "kept": self.kept} if self.validation else {})
 
     def _save(self) -> None:
@@ -249,6 +263,7 @@ class _Run:
         if self.file is None or not self.accelerator.is_main_process:
             return
         position = {"step": self.step, "seen": self.seen, "kept": self.kept, "losses": self.losses, "validation": self.validation}
+        position |= {"best": self.best, "rate": self.rate.state() if self.rate else None}
         position["seconds"] = self.seconds + time.perf_counter() - self.began
         parts = {"graph": dict(self.graph.named_tensors()), "kept": self.state, "optimizer": checkpoint.moments(self.optimizer)}
         parts |= {"order": self.order, "now": checkpoint.random_state(self.accelerator.device)}
@@ -263,7 +278,9 @@ class _Run:
         checkpoint.restore_moments(self.optimizer, parts.get("optimizer", {}))
         self.order, self.now = parts["order"], parts["now"]
         self.step, self.seen, self.kept = position["step"], position["seen"], position["kept"]
-        self.losses, self.seconds = position["losses"], position["seconds"]
+        self.losses, self.seconds, self.best = position["losses"], position["seconds"], position["best"]
+        if self.rate:
+            self.rate.restore(position["rate"])
         self.validation = [(step, score) for step, score in position["validation"]]
         checkpoint.set_random_state(self.order if self.seen else self.now, self.accelerator.device)
 

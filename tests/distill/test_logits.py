@@ -84,14 +84,14 @@ def test_the_tasks_loss_gets_the_rest() -> None:
         assert len(asked) == calls
         assert result.records[0].changes["*"]["alpha"] == alpha
     plan = Logits().plan(capture(Net(), torch.randn(2, 6)), task_of(Net()))
-    assert plan.changes["*"] == {"epochs": 1.0, "learning_rate": 2e-3, "optimizer": "adamw", "temperature": 4.0, "alpha": 1.0}
+    assert plan.changes["*"] == {"epochs": 1.0, "learning_rate": 1e-3, "optimizer": "adamw", "bits": None, "temperature": 4.0, "alpha": 1.0}
 
 
 def test_the_default_rate_is_smaller_without_batch_normalization() -> None:
     with_norm, without = capture(Net(), torch.randn(2, 6)), capture(nn.Linear(6, 3), torch.randn(2, 6))
-    assert default_rate(with_norm, "adamw") == pytest.approx(2e-3)
+    assert default_rate(with_norm, "adamw") == pytest.approx(1e-3)
     assert default_rate(without, "adamw") == pytest.approx(1e-4)
-    assert default_rate(with_norm, "sgd") == pytest.approx(2e-2)
+    assert default_rate(with_norm, "sgd") == pytest.approx(1e-2)
 
 
 @pytest.mark.parametrize(

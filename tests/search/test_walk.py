@@ -17,7 +17,7 @@ from multum.prune import Channels
 from multum.quantize import Static, WeightOnly
 from multum.search.evaluate import Candidate
 from multum.search.judge import Judge
-from multum.search.ladder import ROWS, Rung, ladder
+from multum.search.ladder import FINE, ROWS, Rung, between, ladder
 from multum.search.target import Target
 from multum.search.walk import Walk
 from multum.step import Recipe
@@ -37,7 +37,12 @@ def rung(share: float, bits: int) -> Rung:
         return Recipe([*([Channels(ratio=share)] if share else []), number, *([Logits()] if share or bits < 8 else [])])
 
     name = f"{share} less, {bits} bits"
-    return Rung(name, recipe(Static(weight_bits=bits)), Rung(f"{name}, float", recipe(WeightOnly(bits=bits))))
+    made, twin = recipe(Static(weight_bits=bits)), recipe(WeightOnly(bits=bits))
+    return Rung(name, made, untrained(made), Rung(f"{name}, float", twin, untrained(twin)))
+
+
+def untrained(recipe: Recipe) -> Recipe:
+    return Recipe([step for step in recipe.flat() if step.stage is not None])
 
 
 RUNGS = [rung(0.0, 8), rung(0.0, 4), rung(0.25, 8), rung(0.25, 4), rung(0.5, 8), rung(0.5, 4), rung(0.75, 4)]
@@ -224,6 +229,23 @@ def test_the_ladder_has_what_a_task_can_do() -> None:
     assert len({str(rung.recipe) for rung in weights_only}) == len(weights_only)
     assert not any(rung.trains for rung in ladder(toy(train=None)))
     assert not any("distill" in str(rung.sketch) for rung in everything)
+    coded = [rung for rung in everything if "RateDistortion" in str(rung.recipe)]
+    assert coded
+    assert all(rung.trains for rung in coded)
+    assert not any("RateDistortion" in str(rung.recipe) for rung in weights_only)
+
+
+def test_between_two_rungs_is_one_that_just_fits() -> None:
+    coded = [made for made in ladder(toy()) if made.row and made.row[0] == 0 and made.row[1] <= FINE]
+    sizes = {made: int(1000 + 10_000 * made.row[1]) for made in coded if made.row}
+    found = between(toy(), sizes, 10_000)
+    assert found is not None
+    assert found.row is not None
+    assert 0.95 * 10_000 * 0.94 < 1000 + 10_000 * found.row[1] <= 10_000 * 0.94 + 10
+    assert f"Logits(bits={found.row[1]}" in str(found.recipe).replace("epochs=3.0, bits", "bits")
+    assert between(toy(), sizes, 10) is None, "smaller than the smallest"
+    assert between(toy(), sizes, 10**6) is None, "larger than the largest"
+    assert between(toy(train=None), sizes, 10_000) is None
 
 
 def test_longer_training_is_all_that_changes() -> None:

@@ -156,7 +156,7 @@ print(PartialState().num_processes, history["calls"], history["steps"], graph.te
 def test_two_processes_share_the_batches(tmp_path: Path, precision: str) -> None:
     program = tmp_path / "several.py"
     program.write_text(textwrap.dedent(SEVERAL.format(here=str(Path(__file__).parent))))
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", str(program)]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": precision, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], timeout=280, capture_output=True, text=True, env=env)
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("2 ")]
