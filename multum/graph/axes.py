@@ -73,7 +73,7 @@ class Groups:
 
     def outputs(self, layer: str) -> list[Group]:
         """The groups that make up the outputs of a layer."""
-        return self.within(self.layers[layer].weight, output_dim(self.layers[layer]))
+        return self.within(self.layers[layer].weight, self.layers[layer].axis)
 
     def factors(self, group: Group) -> list[Group]:
         """The groups that share a dimension with this one as factors of a product, such as heads and their width."""
@@ -108,11 +108,6 @@ class Groups:
     def _indices(self, atom: Axis, keep: Keep) -> Sequence[int] | None:
         group = self._named.get(atom)
         return keep.get(group.name) if group else None
-
-
-def output_dim(layer: Layer) -> int:
-    """The dimension of a layer's weight in which its output channels lie."""
-    return 1 if layer.kind == "embedding" else layer.axis
 
 
 def axes(graph: Graph) -> Groups:
@@ -174,8 +169,8 @@ def _groups(graph: Graph, trace: Trace, found: Sequence[Layer]) -> list[Group]:
         for dim, axis in enumerate(tensors[layer.weight]):
             inside = [atom for atom in dict.fromkeys(atoms(axis)) if atom.size > 1]
             for atom in inside:
-                (producers if dim == output_dim(layer) else consumers).setdefault(atom, {})[layer.name] = None
-            if dim == output_dim(layer):
+                (producers if dim == layer.axis else consumers).setdefault(atom, {})[layer.name] = None
+            if dim == layer.axis:
                 _name(names, inside, f"{layer.name}:out")
     members: dict[Axis, list[tuple[str, int]]] = {}
     for tensor, dims in tensors.items():

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
+import keyword
 import operator
+import os
+import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 
 from ..errors import CaptureError
 from . import spec
@@ -18,12 +26,15 @@ from .model import Graph, Tensors, _meta, aten
 
 # Asserts and markers that torch.export leaves in the graph; they compute nothing.
 _MARKERS = ("_assert", "sym_constrain_range", "_guards_fn")
+_MODES = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # operators on a block that set a mode; others choose by data what runs
 _MOST_TRIED = 12
 _SCATTERS: dict[Any, Any] = {aten.select.int: aten.select_scatter.default, aten.slice.Tensor: aten.slice_scatter.default}
 
 
 def capture(model: nn.Module, example: Any) -> Graph:
     """The graph of `model`, with a dynamic batch size; the model itself is not changed.
+
+    Tensors keep their names, as far as Python can spell them: `class.weight` becomes `class_.weight`, `conv-1.weight` `conv_1.weight`.
 
     `example` is one batch of inputs: a tensor, a tuple (passed by position) or a dict (passed by name), nested at will.
     Its tensors share the batch as their first dimension. Raises CaptureError, which names the operator that stopped the
@@ -90,10 +101,20 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         leaves = [leaf.repeat(2, *[1] * (leaf.ndim - 1)) if leaf.ndim and leaf.shape[0] == 1 else leaf for leaf in leaves]
         batch = 2
     dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.ndim and leaf.shape[0] == batch else None for leaf in leaves)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():  # a failing export prints its graph
         warnings.simplefilter("ignore")
         exported = torch.export.export(_Flat(model, structure), tuple(leaves), dynamic_shapes=(dynamic,), strict=False)
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and free_unbacked_symbols(value.shape):
+            raise _DependsOnData(f"the size of what {node.target} gives depends on data{_at(node)}")
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.__name__ not in _MODES:
+            raise _DependsOnData(f"the control-flow operator {node.target} chooses by data what runs{_at(node)}")
     return exported, structure
+
+
+class _DependsOnData(Exception):
+    """What runs, or how large it is, depends on the values of the inputs."""
 
 
 def _rebuild(exported: torch.export.ExportedProgram, structure: _Structure) -> Graph:
@@ -129,8 +150,10 @@ def _tensors(exported: torch.export.ExportedProgram) -> tuple[Tensors, dict[str,
         value = exported.state_dict[item.target] if item.target in exported.state_dict else exported.constants[item.target]
         if not isinstance(value, Tensor):
             raise CaptureError(f"The model holds {item.target!r}, a {type(value).__name__}.", "parameters and buffers only")
-        name = item.target.removeprefix("model.")
         if id(value) not in seen:
+            name = ".".join(_spelled(part) for part in item.target.removeprefix("model.").split("."))
+            while name in seen.values():
+                name += "_"
             seen[id(value)] = name
             parameter = isinstance(value, nn.Parameter)
             graph.set_tensor(name, value.detach().clone(), parameter)
@@ -138,6 +161,14 @@ def _tensors(exported: torch.export.ExportedProgram) -> tuple[Tensors, dict[str,
                 graph.tensor(name).requires_grad_(value.requires_grad)
         names[str(item.arg.name)] = seen[id(value)]
     return graph.tensors, names
+
+
+def _spelled(part: str) -> str:
+    """Part of a tensor's name as code and files can have it: an identifier or a number."""
+    part = re.sub(r"\W", "_", part)
+    if part.isdecimal():
+        return part
+    return f"{part}_" if keyword.iskeyword(part) else part if part.isidentifier() else f"_{part}"
 
 
 def _copy(node: fx.Node, operators: fx.Graph, made: dict[fx.Node, Any], module: fx.GraphModule) -> None:
@@ -169,9 +200,7 @@ def _copy(node: fx.Node, operators: fx.Graph, made: dict[fx.Node, Any], module: 
 
 
 def _inline(node: fx.Node, operators: fx.Graph, made: dict[fx.Node, Any]) -> tuple[Any, ...]:
-    """The results of a higher-order operator that only sets a mode (no_grad, autocast) around a subgraph."""
-    if node.target.__name__ not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):  # type: ignore[union-attr]
-        raise CaptureError(f"The model uses the control-flow operator {node.target}.", "a graph without branches on data")
+    """The results of a higher-order operator that only sets a mode around a subgraph."""
     values = [made.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
     body = next(value for value in values if isinstance(value, fx.GraphModule))
     inputs = values[values.index(body) + 1 :]
@@ -262,6 +291,12 @@ def _where(node: fx.Node) -> str:
     return str(paths[-1]).removeprefix("model").removeprefix(".") if paths else ""
 
 
+def _at(node: fx.Node) -> str:
+    """The line of the user's that a node comes from, as `_line` has it."""
+    found = re.findall(r'File "([^<].*)", line (\d+), in .*\n +(.+)', node.meta.get("stack_trace") or "")
+    return ", at {}:{}: {}".format(*found[-1]) if found else ""
+
+
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"The model is a {type(model).__name__}.", "a torch.nn.Module")
@@ -277,11 +312,22 @@ def _check(model: nn.Module) -> None:
 def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> CaptureError:
     """An error that says what stopped the capture and which submodules can be captured."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, GuardOnDataDependentSymNode):
+        reason = "the forward asks for a value that depends on data"
+    else:
+        reason = str(error) if isinstance(error, _DependsOnData) else f"{type(error).__name__}: {' '.join(lines[:3])[:500]}"
     return CaptureError(
-        f"{type(model).__name__} cannot be captured whole: {type(error).__name__}: {' '.join(lines[:3])[:500]}",
+        f"{type(model).__name__} cannot be captured whole: {reason}{_line(error)}",
         "a forward without branches or shapes that depend on data",
         f"capture a submodule and put it back; these can be captured: {_capturable(model, args, kwargs)}",
     )
+
+
+def _line(error: Exception) -> str:
+    """The innermost line outside of torch and of this package at which the forward failed; empty when there is none."""
+    own = tuple(f"{Path(module.__file__).parent}{os.sep}" for module in (torch, spec) if module.__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    return f", at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
 def _capturable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

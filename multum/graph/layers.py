@@ -16,7 +16,7 @@ _CONV = {
     getattr(op, overload): (1, 2, 0) for op in (aten.conv1d, aten.conv2d, aten.conv3d) for overload in ("default", "padding")
 } | dict.fromkeys((aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input), (1, 2, 1))
 _LINEAR = {aten.linear.default: (1, 2, 0), aten.addmm.default: (2, 0, 1), aten.matmul.default: (1, None, 1), aten.mm.default: (1, None, 1)}
-_EMBEDDING = {aten.embedding.default: (0, None, 0)}
+_EMBEDDING = {aten.embedding.default: (0, None, 1)}
 _NORM = {
     aten.batch_norm.default: (1, 2, 0),
     aten.layer_norm.default: (2, 3, 0),
@@ -52,6 +52,11 @@ class Layer:
     bias: str | None
     axis: int
     position: int  # of the weight among the arguments of `node`
+
+    @property
+    def scale_axis(self) -> int:
+        """The dimension of the weight in which a quantizer has its scales: the outputs; of an embedding, the rows."""
+        return 0 if self.kind == "embedding" else self.axis
 
     def quantizer(self) -> fx.Node | None:
         """The fake-quantization node of the weight, if it has one."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph, Layer
-from ..graph.axes import Group, Groups, output_dim
+from ..graph.axes import Group, Groups
 
 Criterion = Callable[[Graph, Groups, Group], Tensor]
 
@@ -55,7 +55,7 @@ def _norms(graph: Graph, groups: Groups, group: Group, layers: tuple[str, ...], 
     for layer in _layers(groups, layers):
         weight = graph.tensor(layer.weight).detach().double()
         for dim in range(min(weight.ndim, 2) if weight.ndim > 1 else 0):
-            if (layer.weight, dim) in group.members and (dim == output_dim(layer)) is made:
+            if (layer.weight, dim) in group.members and (dim == layer.axis) is made:
                 rest = [other for other in range(weight.ndim) if other != dim]
                 yield _gather(groups, group, layer.weight, dim, torch.linalg.vector_norm(weight, order, rest), order)
 

@@ -28,15 +28,15 @@ def quantize_weight(graph: Graph, layer: Layer, bits: int, scale: float | None =
     The gradient of the scale is multiplied by 1 / sqrt(weights per scale * largest integer) (Esser et al. 2020, section 2.2).
     """
     weight = graph.tensor(layer.weight)
-    grid = signed(bits, layer.axis)
-    scales = weight_scale(weight, grid) if scale is None else weight.new_full([weight.shape[layer.axis]], scale)
+    grid = signed(bits, layer.scale_axis)
+    scales = weight_scale(weight, grid) if scale is None else weight.new_full([weight.shape[layer.scale_axis]], scale)
     graph.set_tensor(f"{layer.weight}_scale", scales, parameter=scale is None)
     graph.set_tensor(f"{layer.weight}_zero_point", torch.zeros_like(scales))
     reads = [node for node in graph.fx.nodes if node.op == "get_attr" and node.target == layer.weight]
     first, after = reads[0], reads[0].next
     rest = [graph.attribute(f"{layer.weight}_{name}", after) for name in ("scale", "zero_point")]
     factor = 1 / math.sqrt(weight.numel() / scales.numel() * grid.high)
-    args = (first, *rest, layer.axis, grid.low, grid.high, factor)
+    args = (first, *rest, layer.scale_axis, grid.low, grid.high, factor)
     quantizer = _call_after(graph, rest[-1], aten._fake_quantize_learnable_per_channel_affine.default, args, first, layer.name)
     for node in reads:
         node.replace_all_uses_with(quantizer, lambda user: user is not quantizer)

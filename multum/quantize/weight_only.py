@@ -73,7 +73,7 @@ def weight_entries(chosen: list[Layer], bits: int, edges: int) -> list[tuple[Lay
     """What is planned for the weight of each layer; nothing where it is on a grid already."""
     ends = {layer.weight for layer in (chosen[:1] + chosen[-1:])}
     bits_of = {layer: max(bits, edges) if layer.weight in ends else bits for layer in chosen}
-    return [(layer, {} if layer.quantizer() else {"weight": {"bits": bits_of[layer], "axis": layer.axis}}) for layer in chosen]
+    return [(layer, {} if layer.quantizer() else {"weight": {"bits": bits_of[layer], "axis": layer.scale_axis}}) for layer in chosen]
 
 
 def quantize_weights(graph: Graph, plan: Plan) -> None:

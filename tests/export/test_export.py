@@ -35,7 +35,7 @@ def quantize_weights(graph: Graph, bits: int = 8, learnable: bool = False) -> Gr
         if layer.kind not in ("conv", "linear", "embedding") or layer.quantizer() is not None:
             continue
         weight = graph.tensor(layer.weight).detach()
-        scale = weight.abs().amax([d for d in range(weight.ndim) if d != layer.axis]) / high
+        scale = weight.abs().amax([d for d in range(weight.ndim) if d != layer.scale_axis]) / high
         parts = {"scale": scale, "zero": torch.zeros(len(scale), dtype=torch.float32 if learnable else torch.int32)}
         for part, value in parts.items():
             graph.set_tensor(f"{layer.weight}_{part}", value)
@@ -43,7 +43,7 @@ def quantize_weights(graph: Graph, bits: int = 8, learnable: bool = False) -> Gr
         operand = layer.node.args[layer.position]
         with graph.fx.inserting_before(layer.node):
             target, rest = (LEARNABLE, (1.0,)) if learnable else (PER_CHANNEL, ())
-            quantizer = graph.fx.call_function(target, (operand, *reads, layer.axis, -high - 1, high, *rest))
+            quantizer = graph.fx.call_function(target, (operand, *reads, layer.scale_axis, -high - 1, high, *rest))
         layer.node.update_arg(layer.position, quantizer)
     graph.recompile()
     graph.refresh()

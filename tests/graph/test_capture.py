@@ -1,6 +1,7 @@
 """A captured graph computes what the model computes, under the model's own names; what cannot be captured says why."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from multum import capture
 from multum.errors import CaptureError, GraphError
 from multum.graph import layers
+from multum.graph.file import from_data, to_data
 from multum.graph.model import aten
 from multum.testing import ZOO
 
@@ -262,6 +264,60 @@ def test_a_branch_on_data_names_the_parts_that_can_be_captured():
         capture(Branching(), torch.randn(2, 3))
     assert "Branching cannot be captured whole" in caught.value.given
     assert caught.value.do.endswith("these can be captured: stem, head")
+
+
+def branch(m, x):
+    return x * m.scale if bool((x.sum() > 0).item()) else x
+
+
+def loop(m, x):
+    while x.abs().max() > 1e-3:
+        x = x * m.scale / 4
+    return x
+
+
+def rows_by_data(m, x):
+    return (x * m.scale)[x.sum(1) > 0]
+
+
+def conditional(m, x):
+    return torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x * m.scale,))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (branch, r"asks for a value that depends on data, at .*test_capture.py:\d+: return x \* m.scale if bool"),
+        (loop, r"asks for a value that depends on data, at .*test_capture.py:\d+: while x.abs"),
+        (rows_by_data, r"the size of what aten.index.Tensor gives depends on data, at .*test_capture.py:\d+: "),
+        (conditional, r"the control-flow operator cond chooses by data what runs"),
+    ],
+)
+def test_control_flow_that_depends_on_data_names_the_line(function, message, capfd):
+    with pytest.raises(CaptureError, match=message):
+        capture(Lambda(function), torch.randn(3, 4))
+    assert "def forward" not in "".join(capfd.readouterr())
+
+
+def test_modules_may_have_names_that_python_cannot_spell():
+    names = ("class", "class_", "b-1", "1x")
+    model = nn.ModuleDict({name: nn.Linear(3, 3) for name in names})
+    model.forward = lambda x: functools.reduce(lambda y, name: model[name](y), names, x)
+    x = torch.randn(2, 3)
+    graph = capture(model, x)
+    assert [name for name, _ in graph.named_tensors()][::2] == ["class_.weight", "class_.weight_", "b_1.weight", "_1x.weight"]
+    torch.testing.assert_close(graph(x), model(x))
+    assert from_data(*to_data(graph)).fingerprint() == graph.fingerprint()
+
+
+def test_the_axis_of_a_layer_is_the_dimension_of_its_outputs():
+    found = {layer.name: layer for layer in layers(capture(*ZOO["tied_weights"]()))}
+    assert [(layer.axis, layer.scale_axis) for layer in found.values()] == [(1, 0), (0, 0), (0, 0)]
+    for name in ("unet", "gpt2"):
+        for layer in layers(graph := capture(*ZOO[name]())):
+            if layer.kind != "norm":
+                dim = 1 if layer.kind == "conv" else -1
+                assert graph.tensor(layer.weight).shape[layer.axis] == layer.node.meta["val"].shape[dim]
 
 
 @pytest.mark.parametrize(
