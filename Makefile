@@ -27,7 +27,7 @@ $(MODELS): examples/models.txt $(INSTALLED)
 	touch $@
 
 demo: $(INSTALLED) ## compress the Fashion-MNIST network; the result is in out/demo
-	$(BIN)/multum compress examples/fashion_mnist/task.py --size 1/32 --max-drop 0.5 --minutes 4 --out out/demo || test $$? -eq 1
+	$(BIN)/multum compress examples/fashion_mnist/task.py --size 1/24 --max-drop 0.5 --minutes 4 --out out/demo || test $$? -eq 1
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .
