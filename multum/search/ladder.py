@@ -42,7 +42,7 @@ _START = 1.3  # bits at which weights meet their grid; training takes them down 
 # Passes over the training data after the weights were rounded to so many bits: the coarser, the longer.
 EPOCHS = {3: 2.0}
 _EPOCHS_CODED = 2.0
-_TRAINED = 0.94  # of the limit is what a sketch may take: trained weights take as much entropy, but are coded a little less well
+_TRAINED = 0.93  # of the limit is what a sketch may take: trained weights take as much entropy, but are coded a little less well
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,10 @@ class Walk:
             fitting = [step for step in fitting if step.rung is exact or not (step.rung.row and step.rung.row[0] == 0)]
         if not fitting:
             self.tell("No recipe of the ladder is small enough; the smallest is tried.")
-        for step in self._steps(fitting or self.sketched[-1:]):
+        took = 0.0
+        for step, times in self._steps(fitting or self.sketched[-1:], 1 if exact else 2):
+            if took and self._late(took * times):
+                return "minutes"
             begin, before = time.monotonic(), len(self.tried)
             with self._recording(step.rung):
                 self._climb(step)
@@ -69,8 +72,7 @@ class Walk:
             self.lost = 0 if met else self.lost + 1
             if self._enough(met):
                 break
-            if self._late(time.monotonic() - begin):
-                return "minutes"
+            took = time.monotonic() - begin
         if self.last and not self.tried:
             raise self.last
         return None
@@ -79,15 +81,15 @@ class Walk:
         name = f"{rung.name}, not trained" if rung.trains else rung.name
         return Try(rung, self.workshop.build(name, rung.sketch))
 
-    def _steps(self, fitting: list[Try]) -> Iterator[Try]:
-        """What to try, in turn: two rungs, more training for the better of them, then the other rungs."""
-        yield from fitting[:2]
+    def _steps(self, fitting: list[Try], first: int) -> Iterator[tuple[Try, float]]:
+        """What to try, in turn: the first rungs, more training for the best of them, then the other rungs; and how much longer it takes."""
+        yield from ((step, 1.0) for step in fitting[:first])
         target = self.judge.target
         trained = [step for step in self.tried if step.kept and step.rung.trains]
         if trained and not (target.size is None and target.speed is None):
             best = min(trained, key=lambda step: self.judge.rank(step.candidate))
-            yield self._sketch(best.rung.longer(_LONGER))
-        yield from fitting[2:]
+            yield self._sketch(best.rung.longer(_LONGER)), _LONGER
+        yield from ((step, 1.0) for step in fitting[first:])
 
     def _climb(self, step: Try) -> None:
         """Measures the rung without its training, then, unless that is enough, with it."""
@@ -146,7 +148,7 @@ class Walk:
         return met
 
     def _late(self, seconds: float) -> bool:
-        """Whether one more attempt as long as the last would overrun the time by more than a tenth."""
+        """Whether an attempt of so many seconds would overrun the time by more than a tenth."""
         minutes = self.judge.target.minutes
         return minutes is not None and time.monotonic() - self.start + seconds > 66 * minutes
 
