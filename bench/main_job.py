@@ -6,7 +6,9 @@ Writes everything under out/bench/ and prints one row for each example. Needs a 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -21,12 +23,14 @@ OUT = ROOT / "out" / "bench"
 
 def fashion() -> None:
     task = multum.load_task(ROOT / "examples/fashion_mnist/task.py")
-    row("Fashion-MNIST", multum.search(task, multum.Target(size="1/24", max_drop=0.5), OUT / "fashion", tell=tell).data)
+    target = multum.Target(size="1/24", max_drop=0.5, minutes=4)
+    finish("fashion_mnist", task, multum.search(task, target, OUT / "fashion_mnist", tell=tell).data)
 
 
 def reuters() -> None:
     task = multum.load_task(ROOT / "examples/reuters/task.py")
-    row("Reuters", multum.run(task, multum.Recipe.load(ROOT / "bench/recipes/reuters.yaml"), OUT / "reuters", tell=tell).data)
+    recipe = multum.Recipe.load(ROOT / "bench/recipes/reuters.yaml")
+    finish("reuters", task, multum.run(task, recipe, OUT / "reuters", tell=tell).data)
 
 
 def photos() -> None:
@@ -34,9 +38,10 @@ def photos() -> None:
     from task import agreement_data, task
 
     job = task()
-    row("photos", multum.run(job, multum.Recipe.load(ROOT / "bench/recipes/photos.yaml"), OUT / "photos", tell=tell).data)
+    recipe = multum.Recipe.load(ROOT / "bench/recipes/photos.yaml")
+    finish("imagenet_photos", job, multum.run(job, recipe, OUT / "imagenet_photos", tell=tell).data)
     for what, data in (("all photos", agreement_data()), ("the photos that are scored", job.test)):
-        before, after = (outputs(OUT / "photos" / f"{name}.onnx", data) for name in ("original", "model"))
+        before, after = (outputs(OUT / "imagenet_photos" / f"{name}.onnx", data) for name in ("original", "model"))
         print(f"photos: agreement {agreement(before, after):.1f} % of {len(before)}, {what}")
 
 
@@ -46,16 +51,43 @@ def outputs(path: Path, data: multum.task.Batches) -> torch.Tensor:
     return torch.cat([logits(session.predict(x)) for x, _ in data])
 
 
-def row(name: str, result: dict) -> None:
+def finish(name: str, task: multum.Task, result: dict) -> None:
+    """Prints the row, keeps the figures, and loads the file where nothing of the example is at hand."""
     ratios, drop = result["ratios"], result["drop"]
-    speed = ratios["speed"]
     print(
         f"{name}: {result['compressed']['bytes']:,} of {result['original']['bytes']:,} bytes, {ratios['size']:.1f}x smaller; "
         f"score {result['original']['score']:.2f} -> {result['compressed']['score']:.2f}, "
-        f"drop {drop['points']:.2f}, at most {drop['bound']:.2f}; "
-        f"speed {json.dumps(speed)}; {result['verdict']}",
-        flush=True,
+        f"drop {drop['points']:.2f}, at most {drop['bound']:.2f}; {result['verdict']}"
     )
+    for one in result["bench"]:
+        spread = f"{one['low']:.2f} to {one['high']:.2f} times the speed of {one['baseline']}"
+        print(f"  batch {one['batch']}, {one['threads']} threads: {one['ratio']:.2f}x, {spread}")
+    kept = ("name", "met", "original", "compressed", "ratios", "drop", "verdict", "bench", "recipe", "machine", "multum")
+    record = ROOT / "bench" / "recorded" / f"{name}.json"
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(json.dumps({key: result[key] for key in kept}, indent=1) + "\n")
+    print(f"  in a fresh process: {fresh(OUT / name / 'model.mip', task):.1e} from the graph that was saved")
+
+
+FRESH = """
+import sys, torch, multum
+graph = multum.load(sys.argv[1])
+inputs = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    torch.save(graph(**inputs) if isinstance(inputs, dict) else graph(inputs), sys.argv[3])
+"""
+
+
+def fresh(model: Path, task: multum.Task) -> float:
+    """The largest difference between the file's outputs here and in a process that knows nothing of the example."""
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, outputs = Path(scratch, "inputs.pt"), Path(scratch, "outputs.pt")
+        torch.save(task.example, inputs)
+        subprocess.run([sys.executable, "-P", "-c", FRESH, model, inputs, outputs], check=True, cwd=scratch)
+        there = torch.load(outputs, weights_only=True)
+    with torch.no_grad():
+        here = multum.task.call(multum.load(model), task.example)
+    return float((logits(here) - logits(there)).abs().max())
 
 
 def tell(message: str) -> None:

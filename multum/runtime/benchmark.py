@@ -118,7 +118,7 @@ def bench(
     """Time the candidates on ``inputs``, one batch as a task gives it.
 
     ``batches``: 1 and the batch's own size where none are given; the batch is cut or repeated along the first dimension of its tensors.
-    ``threads``: 0 is all. ``seconds`` are shared by all settings; each gets its ``rounds`` or fewer, but at least three.
+    ``threads``: 0 is all. ``seconds`` are shared by all settings; each gets its ``rounds`` or fewer, but at least six.
     A session or file runs in a process of its own, stopped while it is not its turn and started anew for every third of the rounds;
     a callable runs here.
     """
@@ -246,12 +246,12 @@ def _in_turns(log: _Log, runners: Mapping[str, Runner], inputs: Any, setting: tu
         log.memory[(name, *setting)] = max(memory or 0, log.memory.get((name, *setting)) or 0) or None
         times[name] = []
     order = random.Random(len(log.rows))
-    for _ in range(rounds):
+    for number in range(rounds):
         running = [name for name in times if (name, *setting) not in log.skipped]
         for name in order.sample(running, len(running)):
             if seconds := log.attempt(name, [batch], threads, runners[name].sample):
                 times[name].append(seconds * 1e3)
-        if time.perf_counter() > until:
+        if number and time.perf_counter() > until:  # two from each process make the six that an interval needs
             break
     for name, row in times.items():
         log.rows.setdefault((name, *setting), []).append(tuple(row))
