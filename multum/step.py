@@ -244,6 +244,9 @@ def _keep(folder: Path, graph: Graph, record: Record) -> None:
     partial = folder / "record.json.part"
     partial.write_text(json.dumps(record.to_data()))
     partial.replace(folder / "record.json")
+    for file in folder.iterdir():  # what only served to resume the step
+        if file.name not in ("graph.safetensors", "record.json"):
+            file.unlink()
 
 
 def _resume(folder: Path) -> tuple[Graph, Record] | None:

@@ -207,6 +207,18 @@ def test_a_second_start_repeats_nothing(tmp_path):
     assert isinstance(second.records[0], Record)
 
 
+def test_what_served_a_step_that_is_done_is_cleared_away(tmp_path):
+    class Long(Scale):
+        def apply(self, graph, plan, task, workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "training.safetensors").write_bytes(b"half way")
+            return super().apply(graph, plan, task, workdir)
+
+    compress(task(), Long(by=3.0), workdir=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert {file.name for file in folder.iterdir()} == {"graph.safetensors", "record.json"}
+
+
 def test_after_a_kill_only_the_rest_is_done(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compress(task(), [Cut(), Killed(), Scale(by=3.0)], workdir=tmp_path)
