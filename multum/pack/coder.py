@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ..errors import FileError
 from . import floats, integers
-from .symbols import Decoder, Encoder, Histograms, pack_numbers, unpack_numbers
+from .numbers import pack_numbers, unpack_numbers
+from .symbols import Decoder, Encoder, Histograms
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .symbols import Decoder, Encoder, Histograms, mean_code, mean_of, pack_numbers, unpack_numbers
+from .numbers import mean_code, mean_of, pack_bits, pack_numbers, unpack_bits, unpack_numbers
+from .symbols import Decoder, Encoder, Histograms
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
 _CHUNK = 1 << 16
 _SEVERAL = 1 << 18  # values; fewer are tried with and without leading bits
 _OCTAVES = 12  # below the largest value that contexts tell apart
-_LEADING = 2  # bits of the mantissa in a symbol
+_LEADING = 2  # most bits of the mantissa in a symbol
 _MOST = 1 << 12  # symbols
 MANTISSA = {"float32": 23, "float16": 10, "uint16": 7}  # uint16 holds bfloat16
 
@@ -28,7 +29,7 @@ MANTISSA = {"float32": 23, "float16": 10, "uint16": 7}  # uint16 holds bfloat16
 def encode(arrays: Sequence[Array]) -> list[bytes]:
     """The arrays, of one dtype in ``MANTISSA``, as parts of one stream."""
     # Magnitude predicts well inside a large weight, and badly across a crowd of small vectors.
-    leading = (0, _LEADING) if sum(a.size for a in arrays) < _SEVERAL else (_LEADING,)
+    leading = range(_LEADING + 1) if sum(a.size for a in arrays) < _SEVERAL else (1,)
     return min((_encode(arrays, n) for n in leading), key=lambda parts: sum(map(len, parts)))
 
 
@@ -47,7 +48,7 @@ def _encode(arrays: Sequence[Array], leading: int) -> list[bytes]:
     stream.add(forms, 0, forms.shape, _forms())
     for array, each in zip(arrays, symbols, strict=True):
         stream.add(each, 0, array.shape, histograms)
-    rest = [_add_rest(stream, part, int(form), mantissa - leading) for w, form in zip(words, forms, strict=True) for part in _parts(w)]
+    rest = [_rest(part, int(form), mantissa - leading) for w, form in zip(words, forms, strict=True) for part in _parts(w)]
     data = stream.data()
     # The head: leading bits, mean magnitude, the smallest symbol but those of zeros, how many more, bytes of the range coder.
     return [pack_numbers(leading, mean, low, span, len(data)), data, *rest]
@@ -69,11 +70,7 @@ def decode(data: memoryview, dtype: np.dtype[Any], shapes: Sequence[Sequence[int
     for each, form, shape in zip(symbols, forms, shapes, strict=True):
         words = np.empty(each.size, f"u{dtype.itemsize}")
         for here, part in zip(_parts(words), _parts(each), strict=True):
-            nonzero = part > 1
-            kept, used = _take_rest(stream, rest, int(nonzero.sum()), int(form), mantissa - leading, 8 * dtype.itemsize - 1)
-            here[:] = np.where(part == 1, 1 << 8 * dtype.itemsize - 1, 0)
-            here[nonzero] = (part[nonzero].astype(np.int64) + low - 4 << mantissa - leading) | kept
-            rest = rest[used:]
+            rest = _join(here, part, low, rest, int(form), mantissa - leading)
         found.append(words.view(dtype).reshape(shape))
     return found
 
@@ -117,28 +114,31 @@ def _form(words: Array, open_bits: int) -> int:
     return 2 * ((low & -low).bit_length() - 1 if low else open_bits) + (every >> (8 * words.itemsize - 1))
 
 
-def _add_rest(stream: Encoder, words: Array, form: int, open_bits: int) -> bytes:
-    """The kept bits of the words but zeros: whole bytes are returned, the bits above them go through the range coder."""
-    bits = words.astype(np.int64)
-    bits = bits[bits & (1 << 8 * words.itemsize - 1) - 1 != 0]
+def _rest(words: Array, form: int, open_bits: int) -> bytes:
+    """The kept bits of the words but zeros."""
+    bits = words.astype(np.uint64)
+    bits = bits[bits & np.uint64((1 << 8 * words.itemsize - 1) - 1) != 0]
     drop, signed = divmod(form, 2)
-    kept = (bits & (1 << open_bits) - 1) >> drop | (bits >> (8 * words.itemsize - 1) << open_bits - drop)
-    whole, above = divmod(open_bits - drop + signed, 8)
-    if above:
-        stream.add_bits(kept >> 8 * whole, above)
-    return bytes(kept.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :whole].tobytes())
+    signs = bits >> np.uint64(8 * words.itemsize - 1) << np.uint64(open_bits - drop)
+    return pack_bits((bits & np.uint64((1 << open_bits) - 1)) >> np.uint64(drop) | signs, open_bits - drop + signed)
 
 
-def _take_rest(stream: Decoder, rest: memoryview, count: int, form: int, open_bits: int, sign: int) -> tuple[Ints, int]:
-    """The open bits and the sign of ``count`` words, and how many bytes they took."""
+def _join(into: Array, symbols: NDArray[np.uint16], low: int, rest: memoryview, form: int, open_bits: int) -> memoryview:
+    """Puts words together from symbols and kept bits; gives what is left of the latter."""
     drop, signed = divmod(form, 2)
     if drop > open_bits:
         raise ValueError("more bits dropped than there are")
-    whole, above = divmod(open_bits - drop + signed, 8)
-    kept = np.zeros((count, 8), np.uint8)
-    kept[:, :whole] = np.frombuffer(rest, np.uint8, count * whole).reshape(count, whole)
-    bits = kept.view("<i8").reshape(count).astype(np.int64)
-    if above:
-        bits |= stream.take_bits(count, above).astype(np.int64) << 8 * whole
-    mask = (1 << open_bits - drop) - 1
-    return (bits & mask) << drop | bits >> (open_bits - drop) << sign, count * whole
+    sign = 8 * into.itemsize - 1
+    zeros = symbols < 2
+    some = bool(zeros.any())
+    filled = symbols[~zeros] if some else symbols
+    kept, rest = unpack_bits(rest, filled.size, open_bits - drop + signed)
+    words = filled.astype(np.int64) + (low - 4) << open_bits
+    words |= (kept & np.uint64((1 << open_bits - drop) - 1)).view(np.int64) << drop
+    words |= (kept >> np.uint64(open_bits - drop)).view(np.int64) << sign
+    if some:
+        into[:] = np.where(symbols == 1, 1 << sign, 0)
+        into[~zeros] = words
+    else:
+        into[:] = words
+    return rest

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .symbols import Decoder, Encoder, Histograms, mean_code, mean_of, pack_numbers, unpack_numbers
+from .numbers import mean_code, mean_of, pack_numbers, unpack_numbers
+from .symbols import Decoder, Encoder, Histograms
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
 _DIRECT = 64  # levels that are symbols themselves
 _SUB = 3  # leading bits of a bucket behind the first one
 _CHUNK = 1 << 16
+_SEVERAL, _SPARSE = 1 << 19, 0.6  # symbols, fewer are tried with and without decisions for zero; share of zeros that makes them worth it
 _LIMIT = 1 << 31  # magnitudes that can be coded
 _BUCKETS = 31 - _SUB + 1 << _SUB  # in which they fall
 
@@ -50,13 +52,21 @@ def encode(arrays: Sequence[Array]) -> list[bytes] | None:
     low, high = _range(arrays)
     if low <= -_LIMIT or high >= _LIMIT:
         return None
-    size = sum(a.size for a in arrays)
-    # Magnitudes as symbols.py sees them; in parts, to bound the memory.
-    mean = mean_code(sum(float(np.abs(part.astype(np.int64)).sum()) for a in arrays for part in _parts(a.reshape(-1))) / size)
-    stream, few = Encoder(), high - low < _DIRECT
+    size, zeros, total = sum(a.size for a in arrays), 0, 0.0
+    for part in (part for a in arrays for part in _parts(a.reshape(-1))):
+        total += float(np.abs(part.astype(np.int64)).sum())
+        zeros += part.size - int(np.count_nonzero(part))
+    # Magnitudes as symbols.py sees them.
+    means = mean_code(total / size), mean_code(total / max(size - zeros, 1))
+    few = high - low < _DIRECT
     if not few:
         low, high = (int(buckets(np.array([v]))[0][0]) for v in (low, high))
-    histograms = _histograms(low, high, few, mean, size)
+    split = [False] if not low <= 0 <= high or high - low < 2 else [False, True] if size < _SEVERAL else [zeros > _SPARSE * size]
+    return min((_encode(arrays, low, high, few, means if s else means[:1]) for s in split), key=lambda parts: sum(map(len, parts)))
+
+
+def _encode(arrays: Sequence[Array], low: int, high: int, few: bool, means: Sequence[int]) -> list[bytes]:
+    stream, histograms = Encoder(), _histograms(low, high, few, means, sum(a.size for a in arrays))
     for array in arrays:
         flat = array.reshape(-1)
         stream.add(flat if few else _bucketed(flat), low, array.shape, histograms)
@@ -64,16 +74,22 @@ def encode(arrays: Sequence[Array]) -> list[bytes] | None:
         for array in arrays:
             for part in _parts(array.reshape(-1)):
                 _add_open_bits(stream, part.astype(np.int64))
-    # The head: the lowest level or bucket, how many more, whether they are levels, and the mean magnitude.
-    return [pack_numbers(low, high - low, few, mean), stream.data()]
+    # The head: the lowest level or bucket, how many more, how many means and whether they are levels, the mean magnitudes.
+    return [pack_numbers(low, high - low, 2 * len(means) + few, *means), stream.data()]
 
 
 def decode(data: memoryview, dtype: np.dtype[Any], shapes: Sequence[Sequence[int]]) -> list[Array]:
-    (low, span, few, mean), data = unpack_numbers(data, 4)
-    if not (0 <= span < _DIRECT and abs(low) < _LIMIT if few else -_BUCKETS < low <= low + span < _BUCKETS) or not 0 <= mean < 256:
+    (low, span, kind), data = unpack_numbers(data, 3)
+    number, few = divmod(kind, 2)
+    means, data = unpack_numbers(data, number) if number in (1, 2) else ([-1], data)
+    if not (0 <= span < _DIRECT and abs(low) < _LIMIT if few else -_BUCKETS < low <= low + span < _BUCKETS) or not all(
+        0 <= mean < 256 for mean in means
+    ):
         raise ValueError("impossible parameters of integers")
+    if number == 2 and not (low <= 0 <= low + span and span >= 2):
+        raise ValueError("no zero among the integers")
     sizes = [math.prod(shape) for shape in shapes]
-    histograms = _histograms(low, low + span, bool(few), mean, sum(sizes))
+    histograms = _histograms(low, low + span, bool(few), means, sum(sizes))
     stream, found = Decoder(data), []
     for size, shape in zip(sizes, shapes, strict=True):
         found.append(np.empty(size, dtype if few else np.int16))
@@ -86,9 +102,10 @@ def decode(data: memoryview, dtype: np.dtype[Any], shapes: Sequence[Sequence[int
     return [flat.reshape(shape) for flat, shape in zip(found, shapes, strict=True)]
 
 
-def _histograms(low: int, high: int, few: bool, mean: int, size: int) -> Histograms:
+def _histograms(low: int, high: int, few: bool, means: Sequence[int], size: int) -> Histograms:
     values = np.arange(low, high + 1, dtype=np.int64)
-    return Histograms(values if few else _lowest(values)[0], mean_of(mean), size)
+    mean, nonzero = mean_of(means[0]), mean_of(means[1]) if len(means) > 1 else None
+    return Histograms(values if few else _lowest(values)[0], mean, size, nonzero)
 
 
 def _parts(flat: Array) -> Iterator[Array]:

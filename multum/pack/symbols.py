@@ -1,188 +1,245 @@
 """Context-modelled entropy coding of symbols: what the coder learns from a tensor, encoder and decoder learn alike.
 
-The symbols of a tensor are visited in an order that spreads over all of it, in growing batches. Before each batch the magnitude of
-every symbol in it is predicted from what is known so far of its output channel, input channel, kernel position and kernel; the
-prediction, and the sign towards which the kernel leans, select one of some hundred adaptive histograms, and a range coder does the rest.
-No table is stored. Predictions are sums of integers joined by IEEE additions, products and quotients, which every machine rounds alike.
+A tensor is seen as output channels x input channels x positions in the kernel. It is coded position by position, from the middle of
+the kernel outwards, and within a position in growing batches that spread over all channels. Before each batch the magnitude of every
+symbol in it is predicted from what is known so far of its output channel, input channel, position, and of its neighbours in the kernel;
+the prediction, and the sign of the neighbours, select one of some hundred adaptive histograms, and a range coder does the rest. No table
+is stored. Predictions are sums of integers joined by IEEE additions, products and quotients, which every machine rounds alike.
+
+Where zeros abound a symbol is two decisions: whether it is zero, and if not, its value. Their contexts differ, for how many weights of
+a channel were pruned says little of how large the others are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import constriction
 import numpy as np
 from numpy.typing import NDArray
 
+from . import places
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-# Codes the symbols at these positions of a tensor with a model, and returns them.
-Exchange = Callable[[Ints, Any], NDArray[np.int32]]
+# Codes symbols, or as many as asked for when there are none yet, with a model; returns them.
+Exchange = Callable[[NDArray[np.int32] | None, int, Any], NDArray[np.int32]]
 
-_BATCH = 1 << 16  # symbols; bounds the memory
-_FIRST, _GROWTH = 16, 6  # a batch is at least the first, and a _GROWTH-th of what is known
 _LOWEST = 6  # octaves below 1 that are told apart
-_LEANS = (0.5, 2.0)  # times the predicted magnitude
 _UNIT, _FINE = 64, 1024  # weight of one seen symbol, and fractions of one in a prior
 _MANY = 1 << 19  # symbols in a stream that can fill finer classes of magnitude
-_TRUST = (16, 4)  # symbols that a prediction outweighs: of a channel, of a kernel
+_TRUST, _TRUST_NEAR = 16, 1  # symbols that a prediction outweighs: of a channel, of neighbours
 _PRIOR, _SHAPE, _OTHERS = 60, 20, 4  # symbols that a prior is worth; of them, and of a neighbour's symbols, in the prior itself
 _BELL = 2.0  # width of the bell curve, times the predicted magnitude
+_ZERO = 8  # what a decision that is not for zero counts in the prediction
 
 
-def pack_numbers(*numbers: int) -> bytes:
-    """Integers, small ones in a byte: seven bits at a time, the lowest first, the sign in front of them."""
-    packed = bytearray()
-    for number in numbers:
-        rest = 2 * number if number >= 0 else -2 * number - 1
-        while rest > 127:
-            packed.append(rest & 127 | 128)
-            rest >>= 7
-        packed.append(rest)
-    return bytes(packed)
+class _Table:
+    """Counts of symbols by context [contexts, K], shared by the tensors of a stream; `values` [K] are what the symbols stand for."""
 
-
-def unpack_numbers(data: memoryview, count: int) -> tuple[list[int], memoryview]:
-    """``count`` integers, and the data behind them. Raises ``ValueError`` when one is longer than 63 bits."""
-    numbers, place = [], 0
-    for _ in range(count):
-        number = shift = 0
-        while (byte := data[place]) > 127 and shift < 56:
-            number, shift, place = number | (byte & 127) << shift, shift + 7, place + 1
-        if byte > 127:
-            raise ValueError("a number is too long")
-        number, place = number | byte << shift, place + 1
-        numbers.append(-(number >> 1) - 1 if number & 1 else number >> 1)
-    return numbers, data[place:]
-
-
-def mean_code(mean: float) -> int:
-    """A magnitude in one byte, in quarter octaves from 1/64 up."""
-    return int(np.clip((np.float64(max(mean, 2.0**-6)).view(np.int64) >> 50) - (1017 << 2), 0, 255))
-
-
-def mean_of(code: int) -> float:
-    return math.ldexp(1 + code % 4 / 4, code // 4 - 6)
-
-
-class Histograms:
-    """Counts of symbols by context [contexts, K], shared by the tensors of a stream.
-
-    ``values`` [K] are what the symbols stand for, ``mean`` is their mean magnitude, ``size`` is the number of symbols to come.
-    """
-
-    def __init__(self, values: Ints, mean: float, size: int):
+    def __init__(self, values: Ints, leans: Sequence[float], fine: bool):
         # A model of a single symbol does not exist: a second one is never used.
-        self.values, self.mean = np.append(values, values + 1) if values.size == 1 else values, mean
-        values = self.values
-        self.steps = 2 if size >= _MANY else 1
-        self.leans = 2 * len(_LEANS) + 1 if values.min() < 0 < values.max() else 1
+        self.values = values = np.append(values, values + 1) if values.size == 1 else values
+        self.steps, self.leans = 2 if fine else 1, leans
+        self.ways = 2 * len(leans) + 2  # a sign and how clear it is, or neither because no neighbour is known
         self.classes = (_LOWEST + int(np.abs(values).max()).bit_length() + 1) << self.steps
         # A class more at either end, so that each has neighbours.
-        self.counts = np.zeros(((self.classes + 2) * self.leans, values.size), np.int64)
+        self.counts = np.zeros(((self.classes + 2) * self.ways, values.size), np.int64)
+        self.own = np.zeros_like(self.counts)
         part = 1 << self.steps
         widths = np.array([math.ldexp(1 + i % part / part, i // part - _LOWEST) for i in range(-1, self.classes + 1)])
         ratio = values / (_BELL * widths[:, None])
         bell = 1 / ((1 + ratio * ratio) * (1 + ratio * ratio))
         self._bell = np.floor(bell * (_SHAPE * _FINE / np.cumsum(bell, 1)[:, -1:])).astype(np.int64)
 
-    def classify(self, expected: Floats, lean: Ints | None) -> Ints:
-        """The context of each symbol, from its predicted magnitude and the sum of the known symbols of its kernel."""
+    def transfer(self, exchange: Exchange, expected: Floats, lean: Floats | None, symbols: Ints | None) -> Ints:
+        """Moves symbols of the given predictions through the coder, and learns them."""
+        contexts = self._classify(expected, lean)
+        order = np.argsort(contexts, kind="stable")
+        sizes = np.bincount(contexts)
+        present = np.flatnonzero(sizes)
+        found, start = np.empty(order.size, np.int64), 0
+        for context, size, weights in zip(present, sizes[present], self._weights(present), strict=True):
+            at = order[start : start + size]
+            model = constriction.stream.model.Categorical(weights, perfect=False)
+            part = exchange(None if symbols is None else symbols[at].astype(np.int32), int(size), model)
+            self.own[context] += np.bincount(part, minlength=self.values.size)
+            found[at] = part
+            start += size
+        return found
+
+    def _classify(self, expected: Floats, lean: Floats | None) -> NDArray[np.int16]:
+        """The context of each symbol, from its predicted magnitude and a signed one."""
         # The bits of a positive double, read as an integer, are a piecewise linear logarithm.
-        step = (expected.view(np.int64) >> (52 - self.steps)) - ((1023 - _LOWEST) << self.steps)
-        context: Ints = (np.clip(step, 0, self.classes - 1) + 1) * self.leans
-        if lean is None or self.leans == 1:
-            return context
-        context += len(_LEANS)
-        for limit in _LEANS:
-            context += (lean > limit * expected).astype(np.int64) - (lean < -limit * expected)
+        lowest = (1023 - _LOWEST) << self.steps
+        context = (expected.view(np.int64) >> (52 - self.steps)).astype(np.int16)
+        np.clip(context, lowest, lowest + self.classes - 1, out=context)
+        context -= lowest - 1
+        context *= self.ways
+        if lean is not None:
+            context += len(self.leans) + 1
+            for limit in self.leans:
+                bound = limit * expected
+                context += lean > bound
+                context -= lean < -bound
         return context
 
-    def weights(self, contexts: Ints, own: Ints) -> Floats:
+    def _weights(self, contexts: Ints) -> Floats:
         """Weights [contexts, K] of the symbols: seen in this tensor, and a prior from neighbours, other tensors and a bell curve."""
         near = _OTHERS * self.counts[contexts]
-        for other in (contexts - self.leans, contexts + self.leans):
-            near += own[other] + self.counts[other]
-        base = near * _FINE + self._bell[contexts // self.leans]
+        for other in (contexts - self.ways, contexts + self.ways):
+            near += self.own[other] + self.counts[other]
+        base = near * _FINE + self._bell[contexts // self.ways]
         prior = np.floor(base * (_PRIOR * _UNIT / base.sum(1, keepdims=True)))
-        return np.asarray(own[contexts] * _UNIT + prior + 1, np.float64)
+        return np.asarray(self.own[contexts] * _UNIT + prior + 1, np.float64)
 
 
-class _Groups:
-    """What is known of one tensor: sums of magnitudes and counts, by output channel, input channel, position and kernel."""
+class Histograms:
+    """What is learned from the symbols of a stream.
 
-    def __init__(self, shape: Sequence[int], mean: float):
-        size, rows = math.prod(shape), shape[0] if len(shape) > 1 else 1
-        taps = math.prod(shape[2:])
-        inputs = size // (rows * taps)
-        # A group is (position // divisor) % count.
-        channels = [(inputs * taps, rows), (taps, inputs), (1, taps)]
-        self.channels = [(d, n, np.zeros(n, np.int64), np.zeros(n, np.int64)) for d, n in channels if 1 < n < size]
-        self.taps = taps
-        if taps > 1:
-            self.kernels = np.zeros((3, size // taps), np.int32)
-        self.sum, self.count = 4 * mean, 4
+    ``values`` [K] are what the symbols stand for, ``mean`` is their mean magnitude, ``size`` is the number of symbols to come.
+    ``nonzero``, the mean magnitude of those that are not zero, makes two decisions of each symbol.
+    """
 
-    def predict(self, at: Ints) -> tuple[Floats, Ints | None]:
-        """The expected magnitude at each position, and the sum of the known symbols of its kernel."""
+    def __init__(self, values: Ints, mean: float, size: int, nonzero: float | None = None):
+        self.values, self.mean, self.nonzero = values, mean, nonzero
+        signed, fine = bool(values.min() < 0 < values.max()), size >= _MANY
+        self.zero = int(np.flatnonzero(values == 0)[0]) if nonzero is not None else -1
+        self.table = _Table(np.delete(values, self.zero) if nonzero is not None else values, (0.5, 2.0) if signed else (), fine)
+        self.flags = _Table(np.array([0, _ZERO]), (0.5, 1.0) if signed else (), fine) if nonzero is not None else None
+        self.magnitudes = np.abs(values if values.size > 1 else np.append(values, values + 1))
+
+    def close(self, mean: float, nonzero: float) -> None:
+        """Ends a tensor: what was learned from it helps with the next."""
+        self.mean = max(mean, 2.0**-_LOWEST)
+        self.nonzero = None if self.flags is None else max(nonzero, 1.0)
+        for table in (self.table, self.flags):
+            if table is not None:
+                table.counts += table.own
+                table.own[:] = 0
+
+
+class _Known:
+    """Sums of magnitudes and counts of one tensor, by output channel, input channel and position."""
+
+    def __init__(self, rows: int, columns: int, taps: int, mean: float):
+        self.sum, self.count, size = 4 * mean, 4, rows * columns * taps
+        # What has a single group, or a group for each symbol, says nothing; to keep very many is slow.
+        self.told = 1 < rows < size, 1 < columns < min(size, places.BATCH), 1 < taps < size
+        groups = [n if told else 1 for n, told in zip((rows, columns, taps), self.told, strict=True)]
+        self.sums, self.counts = [np.zeros(n, np.int64) for n in groups], [np.zeros(n, np.int64) for n in groups]
+
+    def expect(self, part: slice, column: Ints, tap: int) -> Floats:
+        """The expected magnitudes in a block [turns, rows]."""
         overall = self.sum / self.count
-        trust = _TRUST[0]
-        expected = np.full(at.size, overall)
-        for divisor, number, sums, counts in self.channels:
-            ratio = (sums + trust * overall) / ((counts + trust) * overall)
-            expected *= ratio[at // divisor % number]
-        if self.taps == 1:
-            return expected, None
-        total, count, lean = self.kernels[:, at // self.taps]
-        return (total + _TRUST[1] * expected) / (count + _TRUST[1]), lean.astype(np.int64)
+        rows, columns, taps = (
+            (s[of] + _TRUST * overall) / ((c[of] + _TRUST) * overall) if told else np.ones(1)
+            for s, c, told, of in zip(self.sums, self.counts, self.told, (part, slice(None), slice(tap, tap + 1)), strict=True)
+        )
+        factors = columns[column] if self.told[1] else np.ones(column.shape)
+        factors *= rows * (overall * taps)
+        return factors
 
-    def learn(self, at: Ints, values: Ints) -> None:
-        magnitude = np.abs(values)
-        self.sum += int(magnitude.sum())
-        self.count += at.size
-        for divisor, number, sums, counts in self.channels:
-            group = at // divisor % number
-            np.add.at(sums, group, magnitude)
-            np.add.at(counts, group, 1)
-        if self.taps > 1:
-            kernel = at // self.taps
-            for row, what in zip(self.kernels, (magnitude, np.ones_like(values), values), strict=True):
-                np.add.at(row, kernel, what.astype(np.int32))
+    def learn(self, part: slice, column: Ints, tap: int, magnitudes: Ints) -> None:
+        """Learns a block of symbols [turns, rows]."""
+        if self.told[0]:
+            self.sums[0][part] += magnitudes.sum(0)
+            self.counts[0][part] += len(magnitudes)
+        if self.told[1]:
+            np.add.at(self.sums[1], column.reshape(-1), magnitudes.reshape(-1))
+            self.counts[1] += np.bincount(column.reshape(-1), minlength=self.counts[1].size)
+        self._learn_all(tap, magnitudes)
+
+    def learn_some(self, row: Ints, column: Ints, tap: int, magnitudes: Ints) -> None:
+        """Learns single symbols."""
+        for group, told, sums, counts in zip((row, column), self.told, self.sums, self.counts, strict=False):
+            if told:
+                np.add.at(sums, group, magnitudes)
+                np.add.at(counts, group, 1)
+        self._learn_all(tap, magnitudes)
+
+    def _learn_all(self, tap: int, magnitudes: Ints) -> None:
+        total = int(magnitudes.sum())
+        self.sum += total
+        self.count += magnitudes.size
+        if self.told[2]:
+            self.sums[2][tap] += total
+            self.counts[2][tap] += magnitudes.size
 
 
-def _batches(count: int) -> Iterator[Ints]:
-    """All positions below ``count`` once, each batch spread over all of them."""
-    stride = max(1, int(count * 0.6180339887))
-    while math.gcd(stride, count) != 1:
-        stride -= 1
-    start = 0
-    while start < count:
-        end = min(count, start + min(_BATCH, max(_FIRST, start // _GROWTH)))
-        yield np.arange(start, end, dtype=np.int64) * stride % count
-        start = end
+class _Tensor:
+    """One tensor on its way through a coder: its symbols, flat, and what is known of them."""
 
+    def __init__(self, flat: NDArray[Any], low: int, shape: Sequence[int], histograms: Histograms, exchange: Exchange):
+        self.rows, self.columns, self.kernel = places.grid(shape)
+        self.taps = math.prod(self.kernel)
+        self.flat, self.low, self.histograms, self.exchange = flat, low, histograms, exchange
+        self.known = _Known(self.rows, self.columns, self.taps, histograms.mean)
+        self.others = _Known(self.rows, self.columns, self.taps, histograms.nonzero or 1.0)  # of symbols that are not zero
 
-def _transfer(shape: Sequence[int], histograms: Histograms, exchange: Exchange) -> None:
-    """Moves the symbols of one tensor through ``exchange``, which encodes or decodes them; the models come out the same."""
-    if math.prod(shape) == 0:
-        return
-    known, own, values = _Groups(shape, histograms.mean), np.zeros_like(histograms.counts), histograms.values
-    for positions in _batches(math.prod(shape)):
-        contexts = histograms.classify(*known.predict(positions))
-        order = np.argsort(contexts.astype(np.uint16), kind="stable")
-        positions, contexts = positions[order], contexts[order]
-        starts = np.flatnonzero(np.diff(contexts, prepend=-1))
-        symbols = np.empty(positions.size, np.int32)
-        weights = histograms.weights(contexts[starts], own)
-        for start, end, row in zip(starts, [*starts[1:], positions.size], weights, strict=True):
-            model = constriction.stream.model.Categorical(row, perfect=False)
-            symbols[start:end] = exchange(positions[start:end], model)
-        np.add.at(own, (contexts, symbols), 1)
-        known.learn(positions, values[symbols])
-    histograms.counts += own
-    histograms.mean = max(known.sum / known.count, 2.0**-_LOWEST)
+    def transfer(self, encode: bool) -> None:
+        """Encodes the symbols, or fills them in."""
+        histograms, levels = self.histograms, np.arange(self.low, self.low + self.histograms.magnitudes.size).astype(self.flat.dtype)
+        for index, (tap, near) in enumerate(places.order(self.kernel)):
+            around, weight = self._around(near), sum(weight for _, weight in near)
+            for part, column in places.blocks(self.rows, self.columns, index * self.rows * self.columns):
+                place = (np.arange(part.start, part.stop) * self.columns + column).reshape(-1)
+                at = place * self.taps + tap if self.taps > 1 else place
+                given = self.flat[at].astype(np.int64) - self.low if encode else None
+                expected = self.known.expect(part, column, tap).reshape(-1)
+                here = around[:, place] if near else None
+                lean = None
+                if here is not None:
+                    expected = (here[0] + _TRUST_NEAR * expected) / (weight + _TRUST_NEAR)
+                    lean = here[1] / weight
+                if histograms.flags is None:
+                    found = histograms.table.transfer(self.exchange, expected, lean, given)
+                else:
+                    found = self._split(part, column, tap, expected, lean, here, given)
+                if not encode:
+                    self.flat[at] = levels[found]
+                self.known.learn(part, column, tap, histograms.magnitudes[found].reshape(column.shape))
+        histograms.close(self.known.sum / self.known.count, self.others.sum / self.others.count)
+
+    def _split(self, part: slice, column: Ints, tap: int, expected: Floats, lean: Floats | None, here: Any, given: Ints | None) -> Ints:
+        """Moves a block as two decisions for each symbol."""
+        histograms, zero = self.histograms, self.histograms.zero
+        assert histograms.flags is not None
+        flags = None if given is None else (given != zero).astype(np.int64)
+        flags = histograms.flags.transfer(self.exchange, expected * _ZERO, None if lean is None else np.abs(lean) * _ZERO, flags)
+        chosen = np.flatnonzero(flags)
+        found = np.full(column.size, zero)
+        if chosen.size:
+            other = self.others.expect(part, column, tap).reshape(-1)[chosen]
+            if here is not None and lean is not None:
+                other = (here[0, chosen] + _TRUST_NEAR * other) / (here[2, chosen] + _TRUST_NEAR)
+                lean = lean[chosen] * other / expected[chosen]
+            if given is not None:
+                given = given[chosen] - (given[chosen] > zero)
+            values = histograms.table.transfer(self.exchange, other, lean, given)
+            values += values >= zero
+            found[chosen] = values
+            row = part.start + chosen % column.shape[1]
+            self.others.learn_some(row, column.reshape(-1)[chosen], tap, histograms.magnitudes[values])
+        return found
+
+    def _around(self, near: list[tuple[int, float]]) -> NDArray[np.float32]:
+        """Weighted sums over neighbours in the kernel [2 or 3, kernels]: of magnitudes, of symbols, and of how many are not zero."""
+        split = self.histograms.flags is not None
+        around = np.zeros((2 + split, self.rows * self.columns if near else 0), np.float32)
+        cube = self.flat.reshape(-1, self.taps)
+        values = self.histograms.values.astype(np.float32)
+        for start in range(0, around.shape[1], places.BATCH):
+            part = around[:, start : start + places.BATCH]
+            for other, weight in near:
+                value = values[cube[start : start + places.BATCH, other].astype(np.int64) - self.low]
+                part[0] += np.float32(weight) * np.abs(value)
+                part[1] += np.float32(weight) * value
+                if split:
+                    part[2] += np.float32(weight) * (value != 0)
+        return around
 
 
 class Encoder:
@@ -194,12 +251,13 @@ class Encoder:
     def add(self, symbols: NDArray[Any], low: int, shape: Sequence[int], histograms: Histograms) -> None:
         """Adds a tensor, given flat; ``low`` is subtracted to make symbols."""
 
-        def exchange(at: Ints, model: Any) -> NDArray[np.int32]:
-            found = (symbols[at].astype(np.int64) - low).astype(np.int32)
-            self._coder.encode(found, model)
-            return found
+        def encode(symbols: NDArray[np.int32] | None, count: int, model: Any) -> NDArray[np.int32]:
+            assert symbols is not None
+            self._coder.encode(symbols, model)
+            return symbols
 
-        _transfer(shape, histograms, exchange)
+        if symbols.size:
+            _Tensor(symbols, low, shape, histograms, encode).transfer(True)
 
     def add_bits(self, values: NDArray[Any], bits: int) -> None:
         """Adds unsigned values of up to 16 bits as they are."""
@@ -221,12 +279,12 @@ class Decoder:
     def take(self, into: NDArray[Any], low: int, shape: Sequence[int], histograms: Histograms) -> None:
         """Decodes a tensor into a flat array; ``low`` is added to the symbols."""
 
-        def exchange(at: Ints, model: Any) -> NDArray[np.int32]:
-            found: NDArray[np.int32] = self._coder.decode(model, at.size)
-            into[at] = found.astype(np.int64) + low
+        def decode(symbols: NDArray[np.int32] | None, count: int, model: Any) -> NDArray[np.int32]:
+            found: NDArray[np.int32] = self._coder.decode(model, count)
             return found
 
-        _transfer(shape, histograms, exchange)
+        if into.size:
+            _Tensor(into, low, shape, histograms, decode).transfer(False)
 
     def take_bits(self, count: int, bits: int) -> NDArray[np.int32]:
         if not count:

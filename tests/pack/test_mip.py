@@ -136,9 +136,9 @@ def test_another_file_and_a_newer_version(path, tmp_path):
     with pytest.raises(FileError, match=r"not a \.mip file"):
         mip.read(tmp_path / "x")
     data = bytearray(path.read_bytes())
-    data[8] = 2
+    data[8] = 3
     path.write_bytes(data)
-    with pytest.raises(FileError, match=r"(?s)version 2\.0.*Expected: version 1.*upgrade"):
+    with pytest.raises(FileError, match=r"(?s)version 3\.0.*Expected: version 2.*upgrade"):
         mip.read(path)
 
 
