@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from .errors import StepError, near
 from .graph import Graph
 from .graph.file import dump, restore
+from .graph.sparse import zeros_kept
 from .task import Task
 
 # The folders that hold methods. A method is a class in one of them, named in its `__all__`.
@@ -52,6 +53,10 @@ class Step:
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         """Does to the graph what the plan says; returns what it measured. Long work is kept in `workdir`, to resume."""
         raise NotImplementedError
+
+    def requires(self) -> tuple[str, ...]:
+        """What of the task it uses with these options."""
+        return self.needs
 
     @classmethod
     def name(cls) -> str:
@@ -206,7 +211,7 @@ def check(task: Task, steps: Sequence[Step]) -> None:
         raise StepError("The recipe is empty.", "at least one step")
     last: Step | None = None
     for step in steps:
-        for need in step.needs:
+        for need in step.requires():
             available = task.train if need == "calibration" and task.calibration is None else getattr(task, need)
             if available is None:
                 raise StepError(f"{step.name()} needs `{need}`, which the task {task.name!r} does not have.", f"Task(..., {need}=...)")
@@ -227,7 +232,8 @@ def _apply(graph: Graph, step: Step, task: Task, folder: Path | None) -> Record:
     if not plan.changes:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:5])
         raise StepError(f"{step} would change nothing. {reasons}".rstrip(), "a step that changes at least one layer")
-    measured = step.apply(graph, plan, task, folder) or {}
+    with zeros_kept(graph):
+        measured = step.apply(graph, plan, task, folder) or {}
     if graph.fingerprint() == before:
         raise StepError(f"{step} changed nothing although it planned to.", "a step that changes the graph")
     seconds = time.perf_counter() - start

@@ -141,14 +141,36 @@ def check_finite(value: Any, what: str) -> None:
 
 def calibration(task: Task, samples: int) -> Iterator[Any]:
     """The inputs of the first calibration batches, up to `samples` samples; a shuffling loader gives the same ones each time."""
+    for inputs, _ in first(task, "calibration", samples):
+        yield inputs
+
+
+def first(task: Task, part: str, samples: int) -> Iterator[tuple[Any, Any]]:
+    """The first batches of one part of the data, up to `samples` samples; a shuffling loader gives the same ones each time."""
     seen = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)
-        for inputs, _ in task.data("calibration"):
-            yield inputs
-            seen += next((len(leaf) for leaf in tensors(inputs) if leaf.ndim), 1)
+        for inputs, targets in task.data(part):
+            yield inputs, targets
+            seen += batch_size(inputs)
             if seen >= samples:
                 return
+
+
+def batch_size(inputs: Any) -> int:
+    """The number of samples in a batch: the first dimension of its first tensor that has one."""
+    return next((len(leaf) for leaf in tensors(inputs) if leaf.ndim), 1)
+
+
+def rows(value: Any, size: int, begin: int, end: int) -> Any:
+    """Samples `begin` to `end` of a nested value with `size` samples; what has no such first dimension stays whole."""
+    if isinstance(value, Tensor):
+        return value[begin:end] if value.ndim and len(value) == size else value
+    if isinstance(value, Mapping):
+        return {key: rows(part, size, begin, end) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(rows(part, size, begin, end) for part in value)
+    return value
 
 
 def checked(batches: Batches, part: str) -> Batches:

@@ -17,6 +17,7 @@ from ..errors import FileError, GraphError
 from . import spec
 from .layers import QUANTIZERS
 from .model import Graph, Tensors, aten, read
+from .sparse import sparse_weights
 
 VERSION = 1
 
@@ -87,7 +88,8 @@ def operators_to_json(graph: Graph) -> dict[str, Any]:
             rows.append(["out", _to_json(node.args[0], index)])
     buffers = [name for name, _ in graph.tensors.named_buffers()]
     pinned = [index[node] for node in graph.fx.nodes if node.name in graph.pinned]
-    return {"graph": VERSION, "nodes": rows, "inputs": graph.inputs, "outputs": graph.outputs, "buffers": buffers, "pinned": pinned}
+    data = {"graph": VERSION, "nodes": rows, "inputs": graph.inputs, "outputs": graph.outputs, "buffers": buffers, "pinned": pinned}
+    return data | ({"sparse": sparse_weights(graph)} if graph.sparse else {})
 
 
 def allowed(name: str) -> Any:
@@ -187,6 +189,7 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Graph:
         graph.set_tensor(name, tensor, parameter=name not in buffers and tensor.is_floating_point())
     result = Graph(operators, graph.tensors, data["inputs"], data["outputs"])
     result.pinned = frozenset(nodes[position].name for position in data["pinned"])
+    result.sparse = frozenset(name for name in data.get("sparse", ()) if name in tensors)
     for node in operators.nodes:
         if node.op == "get_attr" and node.target not in tensors:
             raise ValueError(f"there is no tensor {node.target!r}")

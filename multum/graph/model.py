@@ -39,6 +39,7 @@ class Graph(nn.Module):
         self.tensors = tensors
         self.inputs, self.outputs = inputs, outputs
         self.pinned: frozenset[str] = frozenset()  # operators that the author of the model made train always
+        self.sparse: frozenset[str] = frozenset()  # weights whose zeros are meant, and stay: see sparse.py
         self._run: Callable[..., tuple[Any, ...]]
         self.recompile()
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from ..errors import TrainError
 from ..graph import Graph, layers
 from ..graph.model import aten, read
+from ..graph.sparse import zeros_frozen
 from ..task import Task, call
 from . import checkpoint
 from .layout import arrange, convert, lay_out
@@ -78,16 +79,18 @@ def fit(graph: Graph, task: Task, loss: Loss, how: Training | None = None, workd
     validation data `validation`, pairs of step and score, from before the first step on, and `kept`, the step whose state
     the graph has at the end: the best after a whole pass. With a `workdir` the state is kept there, and a second call goes
     on from it; data that shuffle by torch's global random state then come in the same order. The task's own `fit` is used
-    when it has one. Raises TrainError when the loss stops being finite; the graph then has its last good state.
+    when it has one. The zeros of sparse weights stay. Raises TrainError when the loss stops being finite; the graph then has
+    its last good state.
     """
     how = how or Training()
     if not any(parameter.requires_grad for parameter in graph.parameters()):
         raise TrainError("The graph has no parameter that can be trained.", "at least one with requires_grad", "graph.requires_grad_(True)")
     if task.fit is not None:
-        return _fit_by_task(graph, task, loss)
+        with zeros_frozen(graph):
+            return _fit_by_task(graph, task, loss)
     run = _Run(graph, task, loss, how, workdir)
     device = run.accelerator.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), zeros_frozen(graph):
         torch.manual_seed(task.seed)
         try:
             return run.train()

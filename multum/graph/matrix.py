@@ -1,0 +1,71 @@
+"""Layers as products of matrices, whatever their stride, padding and groups: outputs = matrix @ columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+
+from .layers import KINDS, Layer
+from .model import read, shape
+
+_CONVOLUTIONS = tuple(target for target, (_, _, axis) in KINDS["conv"].items() if axis == 0)
+_CHUNK = 1 << 26  # bytes of columns that are laid out at once
+
+
+def multiplies(layer: Layer) -> bool:
+    """Whether the layer multiplies its matrix by columns; transposed convolutions, embeddings and recurrent layers do not."""
+    return layer.node.target in _CONVOLUTIONS or layer.kind == "linear"
+
+
+def to_matrix(layer: Layer, weight: Tensor) -> Tensor:
+    """A weight of at least two dimensions as [groups, outputs of a group, height of the columns]."""
+    if layer.node.target in _CONVOLUTIONS:
+        return weight.reshape(_groups(layer), -1, weight.shape[1:].numel())
+    return weight.movedim(layer.axis, 0).flatten(1)[None]
+
+
+def from_matrix(layer: Layer, matrix: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `to_matrix`, for a weight of this shape."""
+    if layer.node.target in _CONVOLUTIONS:
+        return matrix.reshape(shape)
+    outputs, *rest = [shape[layer.axis], *(size for dim, size in enumerate(shape) if dim != layer.axis)]
+    return matrix.reshape(outputs, *rest).movedim(0, layer.axis)
+
+
+def columns(layer: Layer, value: Tensor, weight: torch.Size) -> Iterator[Tensor]:
+    """What a layer with a weight of this shape multiplies its matrix by: [groups, height, n], some samples of `value` at a time."""
+    yield from (found for found, _ in pairs(layer, value, None, weight))
+
+
+def pairs(layer: Layer, value: Tensor, result: Tensor | None, weight: torch.Size) -> Iterator[tuple[Tensor, Tensor]]:
+    """The columns with what they give in `result`, of the layer's shape: [groups, height, n] and [groups, outputs of a group, n]."""
+    if layer.kind == "linear":
+        flat = value.reshape(-1, value.shape[-1])
+        given = flat if result is None else result.reshape(-1, result.shape[-1])
+        size = max(1, _CHUNK // (flat.shape[1] * flat.element_size()))
+        yield from ((part.T[None], own.T[None]) for part, own in zip(torch.split(flat, size), torch.split(given, size), strict=True))
+        return
+    groups, height = _groups(layer), weight[1:].numel()
+    # the operator itself, with one filter for each element of its window, reads the windows
+    unit = torch.eye(height, dtype=value.dtype, device=value.device).reshape(height, *weight[1:])
+    unit = unit.repeat(groups, *[1] * (len(weight) - 1))
+    size = max(1, _CHUNK // (groups * height * math.prod(shape(layer.node)[2:]) * value.element_size()))
+    for part, own in zip(torch.split(value, size), torch.split(value if result is None else result, size), strict=True):
+        windows: Tensor = layer.node.target(part, unit, None, *layer.node.args[3:])  # type: ignore[operator]
+        yield windows.transpose(0, 1).reshape(groups, height, -1), own.transpose(0, 1).reshape(groups, -1, windows[:, 0].numel())
+
+
+def data(layer: Layer) -> fx.Node:
+    """The operator that makes what the layer reads."""
+    node = layer.node.args[1 if layer.position == 2 else 0]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def _groups(layer: Layer) -> int:
+    groups = read(layer.node, "groups", 1)
+    assert isinstance(groups, int)
+    return groups
