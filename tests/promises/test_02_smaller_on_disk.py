@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import multum
+from multum.prune import Weights
 from multum.quantize import Half, Static, WeightOnly
 
 
@@ -26,7 +27,14 @@ def large(tmp_path_factory) -> tuple[multum.Task, int]:
 
 @pytest.mark.parametrize(
     ("step", "most"),
-    [(WeightOnly(), 0.27), (Static(), 0.27), (WeightOnly(bits=4), 0.15), (Static(weight_bits=4), 0.15), (Half(), 0.52)],
+    [
+        (WeightOnly(), 0.27),
+        (Static(), 0.27),
+        (WeightOnly(bits=4), 0.15),
+        (Static(weight_bits=4), 0.15),
+        (Half(), 0.52),
+        (Weights(probability=0.9), 0.15),
+    ],
     ids=str,
 )
 def test_the_file_is_as_small_as_promised(large, step, most, tmp_path):

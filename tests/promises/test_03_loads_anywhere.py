@@ -11,12 +11,14 @@ import torch
 import multum
 from multum.distill import Logits
 from multum.errors import StepError
-from multum.prune import Channels
+from multum.prune import NM, Channels, Weights
 from multum.quantize import Half, Static, WeightOnly
 from multum.step import methods
 
 SHORT = {
     "prune.Channels": Channels(ratio=0.25),
+    "prune.NM": NM(samples=64),
+    "prune.Weights": Weights(samples=64),
     "distill.Logits": Logits(epochs=0.2),
     "quantize.Static": Static(),
     "quantize.WeightOnly": WeightOnly(bits=4),

@@ -8,11 +8,12 @@ import torch
 import multum
 from multum.distill import Logits
 from multum.graph.file import quantized_weights, to_integers
-from multum.prune import Channels
+from multum.prune import NM, Channels, Weights
 from multum.quantize import Half, Static, WeightOnly
 
 CHAINS = (
     (Channels(ratio=0.5), Logits(epochs=0.3), WeightOnly(bits=3), Logits(epochs=0.3), Static(), Half()),
+    (Weights(ratio=0.8), Logits(epochs=0.3), Static(weight_bits=4), Logits(epochs=0.3), Half()),
     (Channels(ratio=0.25), Static(weight_bits=4), Logits(epochs=0.3), Half()),
 )
 
@@ -33,6 +34,16 @@ def test_the_file_never_grows(task, chain, tmp_path):
         # training spreads integers a little, and quantizers bring their scales
         assert new <= 1.03 * old + 200, f"{step} made the file grow from {old} to {new} bytes"
     assert sizes[-1] < 0.25 * sizes[0]
+
+
+@pytest.mark.parametrize("first", [Weights(ratio=0.8), NM()], ids=str)
+def test_zeros_stay_zero(task, first):
+    holes = {name: value == 0 for name, value in multum.compress(task, first).graph.named_tensors() if name.endswith("weight")}
+    for after in ([Logits(epochs=0.3)], [Static(weight_bits=4), Logits(epochs=0.3), Half()], [WeightOnly(bits=3), Logits(epochs=0.3)]):
+        graph = multum.compress(task, [first, *after]).graph
+        for name in graph.sparse:
+            assert not graph.tensor(name)[holes[name]].any()
+            assert graph.tensor(name)[~holes[name]].any()
 
 
 def test_weights_stay_on_their_grid_through_training(task):

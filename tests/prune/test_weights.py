@@ -246,13 +246,3 @@ def test_patterns_that_do_not_fit_a_layer_are_skipped_with_the_reason(bare: Task
     blocks = prune.NM(pattern="4x3").plan(bare.original, bare)
     assert "do not divide into blocks" in blocks.skipped["4"]
     assert json.loads(json.dumps(found.changes)) == found.changes
-
-
-def test_ninety_per_cent_of_random_zeros_make_a_small_file(tmp_path: Path) -> None:
-    """At most 0.15 of the bytes of the same network in float32, of a million weights."""
-    torch.manual_seed(0)
-    task = Task(nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512)), torch.zeros(2, 512))
-    result = compress(task, prune.Weights(probability=0.9))
-    multum.save(result, tmp_path / "sparse.mip", task)
-    dense = sum(p.numel() * 4 for p in task.original.parameters())
-    assert (tmp_path / "sparse.mip").stat().st_size <= 0.15 * dense
