@@ -12,16 +12,17 @@ import multum
 from multum.distill import Logits
 from multum.errors import StepError
 from multum.prune import NM, Channels, Weights
-from multum.quantize import Half, Static, WeightOnly
+from multum.quantize import Half, RateDistortion, Static, WeightOnly
 from multum.step import methods
 
 SHORT = {
     "prune.Channels": Channels(ratio=0.25),
-    "prune.NM": NM(samples=64),
-    "prune.Weights": Weights(samples=64),
+    "prune.NM": NM(samples=16),
+    "prune.Weights": Weights(samples=16),
     "distill.Logits": Logits(epochs=0.2),
     "quantize.Static": Static(),
     "quantize.WeightOnly": WeightOnly(bits=4),
+    "quantize.RateDistortion": RateDistortion(),
     "quantize.Half": Half(),
 }
 
