@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,12 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 Parts = list[bytes]
 DTYPES = ("float32", "float16", "uint16", "int8", "uint8", "int16", "int32", "int64", "bool", "float64", "uint32", "uint64")
-RAW, PLANES, INTEGERS, FLOATS, PALETTE = range(5)
+RAW, PLANES, INTEGERS, FLOATS, PALETTE, CONSTANT = range(6)
 _CHUNK = 1 << 16
 _COLORS = 1024  # values in a palette
 _PROBE = 1 << 16  # bytes, three times, on which large arrays are tried
 _LARGE = 1 << 22
+WORDS = 1  # the dictionary that is written with
 _FORMAT = zstandard.FORMAT_ZSTD1_MAGICLESS
 
 
@@ -60,7 +63,16 @@ def _size(parts: Parts) -> int:
     return sum(map(len, parts))
 
 
+def constant(array: Array) -> bool:
+    """Whether all elements are the same, bit by bit."""
+    words = array.reshape(-1).view(f"u{array.itemsize}")
+    return bool(words.size > 1 and words[0] == words[-1] and (words == words[0]).all())
+
+
 def _candidates(arrays: Sequence[Array]) -> Iterator[Parts]:
+    if all(constant(a) for a in arrays):
+        yield [bytes([CONSTANT]), *encode_all([np.array([a.reshape(-1)[0] for a in arrays])])]
+        return
     name, small = arrays[0].dtype.name, sum(a.nbytes for a in arrays) < _LARGE
     if arrays[0].dtype.kind != "f" and (found := integers.encode(arrays)):
         yield [bytes([INTEGERS]), *found]
@@ -90,6 +102,9 @@ def _decode(data: memoryview, dtype: str, shapes: Sequence[Sequence[int]]) -> li
         return floats.decode(body, kind, shapes)
     if coding == PALETTE:
         return _decode_palette(body, kind, shapes)
+    # The values of several arrays may be the same in turn, but not that one value again.
+    if coding == CONSTANT and body and (body[0] != CONSTANT or len(shapes) > 1):
+        return [np.full(shape, value) for value, shape in zip(decode(body, dtype, (len(shapes),)), shapes, strict=True)]
     if coding not in (RAW, PLANES):
         raise ValueError(f"unknown coding {coding}")
     sizes = [math.prod(shape) for shape in shapes]
@@ -181,17 +196,29 @@ def _decode_palette(data: memoryview, kind: np.dtype[Any], shapes: Sequence[Sequ
     return found
 
 
-def compress(plain: bytes, level: int = 19) -> bytes:
-    parameters = zstandard.ZstdCompressionParameters.from_level(level, format=_FORMAT, write_content_size=False)
-    return zstandard.ZstdCompressor(compression_params=parameters).compress(plain)
+def compress(plain: bytes, level: int = 19, *, words: bool = False) -> bytes:
+    """A frame that does not state its size. With ``words`` it may refer to the dictionary of descriptions."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, format=_FORMAT, write_content_size=False, write_dict_id=True)
+    return zstandard.ZstdCompressor(compression_params=parameters, dict_data=_words(WORDS) if words and WORDS else None).compress(plain)
 
 
-def decompress(data: bytes | memoryview, size: int) -> bytes:
+def decompress(data: bytes | memoryview, size: int, *, words: bool = False) -> bytes:
     """The ``size`` bytes that were compressed. Raises ``ValueError`` when they are more or fewer."""
     # A frame that states its size would be believed beyond max_output_size: here none does.
-    if zstandard.get_frame_parameters(data, format=_FORMAT).content_size not in (zstandard.CONTENTSIZE_UNKNOWN, size):
+    parameters = zstandard.get_frame_parameters(data, format=_FORMAT)
+    if parameters.content_size not in (zstandard.CONTENTSIZE_UNKNOWN, size):
         raise ValueError("a frame of another size")
-    plain = zstandard.ZstdDecompressor(format=_FORMAT).decompress(data, max_output_size=size, allow_extra_data=False)
+    known = _words(parameters.dict_id) if words and parameters.dict_id else None
+    plain = zstandard.ZstdDecompressor(known, format=_FORMAT).decompress(data, max_output_size=size, allow_extra_data=False)
     if len(plain) != size:
         raise ValueError(f"{len(plain)} bytes for {size}")
     return bytes(plain)
+
+
+@lru_cache(maxsize=4)
+def _words(number: int) -> zstandard.ZstdCompressionDict:
+    """A dictionary of what descriptions of graphs say; files name the one that they were written with. `bench/words.py` makes them."""
+    try:
+        return zstandard.ZstdCompressionDict((Path(__file__).parent / f"words{number}.zdict").read_bytes())
+    except OSError:
+        raise ValueError(f"it needs the dictionary {number}, which only a newer version has") from None

@@ -6,8 +6,11 @@
     header: JSON, a zstandard frame
     footer: length of the packed header [4], of the plain header [4], CRC-32 of all bytes but the streams and padding [4]
 
-The header is last so that writing needs neither a second pass nor a second file. It holds the caller's ``meta`` and, for each
-stream, its length, checksum, dtype and the names and shapes in it. Offsets are sums of lengths: parts cannot overlap or leave gaps.
+The header is last so that writing needs neither a second pass nor a second file. It holds the caller's ``meta``; of each stream the
+length, the dtype, and the CRC-32 of its bytes followed by those of the arrays in it, so that an array that was decoded otherwise than
+it was coded is noticed too; and of each array the name, shape and stream. Offsets are sums of lengths: parts cannot overlap or leave gaps.
+A name says with its first letter how much it shares with the name before: ``0`` nothing, ``1`` a letter. The zstandard frame names the
+dictionary that it was made with; a version of the format knows the dictionaries of those before.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import struct
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -33,13 +36,14 @@ from numpy.typing import NDArray
 from ..errors import FileError
 from . import coder
 
-MAGIC, MAJOR, MINOR = b"\x89MIP\r\n\x1a\n", 2, 0
+MAGIC, MAJOR, MINOR = b"\x89MIP\r\n\x1a\n", 3, 0
 _HEAD, _FOOT = struct.Struct("<8sBB"), struct.Struct("<III")
 _NAME = re.compile(r"[^\x00-\x1f\x7f\\]{1,512}")
 _HEADER_LIMIT = 1 << 28  # bytes of the plain header
 _SMALL, _SHARED = 1 << 16, 1 << 20  # bytes: a smaller array shares a stream with others of its kind; a stream is full
 _FREE, _RATIO = 1 << 28, 1024  # a file may declare _FREE bytes of arrays, and _RATIO more for each byte that it has
 _RANK = 64
+_SAME = 64  # letters at most that a name shares with the one before
 _KEPT = 8  # shared streams that stay decoded
 Array = NDArray[Any]
 Path_ = str | os.PathLike[str]
@@ -51,8 +55,8 @@ class _Stream:
     length: int
     checksum: int
     dtype: str
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    names: list[str]
+    shapes: list[tuple[int, ...]]
 
     @property
     def raw(self) -> list[int]:
@@ -64,7 +68,7 @@ def write(path: Path_, meta: Mapping[str, Any], tensors: Mapping[str, Array]) ->
     """Writes the file and returns its size in bytes. ``meta`` is anything that JSON can hold.
 
     The file appears under its name only when it is whole and on the disk; until then a file of that name stays as it is.
-    Arrays are taken from ``tensors`` one at a time, in its order; their order is not kept.
+    Arrays are taken from ``tensors`` one at a time, in its order.
     """
     path = Path(path)
     try:
@@ -94,35 +98,68 @@ def _umask() -> int:
 
 
 def _write(file: BinaryIO, meta: Mapping[str, Any], tensors: Mapping[str, Array]) -> int:
-    head, table, raw = _HEAD.pack(MAGIC, MAJOR, MINOR), [], 0
+    head, streams, raw = _HEAD.pack(MAGIC, MAJOR, MINOR), list[list[Any]](), 0
+    shapes, places = dict[str, list[int]](), dict[str, int]()
     file.write(head)
-    for names, arrays in _grouped(tensors):
+    for names, arrays in _grouped(tensors, shapes):
         length, checksum = 0, 0
         for part in coder.encode_all(arrays):
             file.write(part)
             length, checksum = length + len(part), zlib.crc32(part, checksum)
-        table.append([length, checksum, arrays[0].dtype.name, [[n, list(a.shape)] for n, a in zip(names, arrays, strict=True)]])
+        places |= dict.fromkeys(names, len(streams))
+        streams.append([length, _checksum(arrays, checksum), arrays[0].dtype.name])
         raw += sum(a.nbytes for a in arrays)
     padding = max(0, -(-(raw - _FREE) // _RATIO) - file.tell())
     file.write(bytes(padding))
-    plain = _dump({"meta": meta, "padding": padding, "streams": table} if padding else {"meta": meta, "streams": table})
+    table = {"names": _fold(shapes), "shapes": list(shapes.values()), "places": [places[name] for name in shapes], "streams": streams}
+    plain = _dump({"meta": meta, **table} | ({"padding": padding} if padding else {}))
     if len(plain) > _HEADER_LIMIT:
         raise FileError(f"Meta data and names of {len(plain)} bytes.", f"at most {_HEADER_LIMIT}", "store what is large as a tensor.")
-    packed = coder.compress(plain)
+    packed = coder.compress(plain, words=True)
     lengths = struct.pack("<II", len(packed), len(plain))
     file.write(packed + lengths + struct.pack("<I", zlib.crc32(head + packed + lengths)))
     return file.tell()
 
 
-def _grouped(tensors: Mapping[str, Array]) -> Iterator[tuple[list[str], list[Array]]]:
-    """The arrays by stream: a large one alone; small ones of one dtype together, vectors and weights apart."""
-    pending: dict[tuple[str, bool], tuple[list[str], list[Array]]] = {}
+def _checksum(arrays: Iterable[Array], start: int) -> int:
+    """The CRC-32 of the elements, little-endian."""
+    for array in arrays:
+        flat = np.ascontiguousarray(array).reshape(-1)
+        start = zlib.crc32(flat.astype(flat.dtype.newbyteorder("<"), copy=False).data, start)
+    return start
+
+
+def _fold(names: Iterable[str]) -> list[str]:
+    """Each name without what it shares with the one before, and in front of it how many letters that are."""
+    folded, last = [], ""
+    for name in names:
+        same = next((i for i, (a, b) in enumerate(zip(last[:_SAME], name, strict=False)) if a != b), min(len(last), len(name), _SAME))
+        folded.append(f"{chr(ord('0') + same)}{name[same:]}")
+        last = name
+    return folded
+
+
+def _unfold(folded: Iterable[str]) -> list[str]:
+    names, last = list[str](), ""
+    for name in folded:
+        same = ord(name[0]) - ord("0")
+        if not 0 <= same <= len(last):
+            raise ValueError(f"{name!r} shares more than there is")
+        last = last[:same] + name[1:]
+        names.append(last)
+    return names
+
+
+def _grouped(tensors: Mapping[str, Array], shapes: dict[str, list[int]]) -> Iterator[tuple[list[str], list[Array]]]:
+    """The arrays by stream: a large one alone; small ones of one dtype together, vectors, weights and constants apart. Notes all shapes."""
+    pending: dict[tuple[str, int], tuple[list[str], list[Array]]] = {}
     for name, array in tensors.items():
         _check_name(name)
+        shapes[name] = list(array.shape)
         if array.nbytes >= _SMALL:
             yield [name], [array]
             continue
-        kind = array.dtype.name, array.ndim > 1
+        kind = array.dtype.name, 2 if coder.constant(array) else int(array.ndim > 1)
         names, arrays = pending.setdefault(kind, ([], []))
         names.append(name)
         arrays.append(array)
@@ -140,7 +177,7 @@ def _dump(header: dict[str, Any]) -> bytes:
 
 def read_meta(path: Path_) -> dict[str, Any]:
     """The meta data alone; no array is read."""
-    file, meta, _ = _open(path, None)
+    file, meta, _, _ = _open(path, None)
     file.close()
     return meta
 
@@ -150,15 +187,15 @@ def read(path: Path_, limit_bytes: int = 16 << 30) -> tuple[dict[str, Any], Mapp
 
     Raises ``FileError`` when the file is missing, damaged, from a newer version, or holds more than ``limit_bytes``.
     """
-    file, meta, streams = _open(path, limit_bytes)
-    return meta, _Tensors(str(path), file, streams)
+    file, meta, streams, names = _open(path, limit_bytes)
+    return meta, _Tensors(str(path), file, streams, names)
 
 
 def sizes(path: Path_) -> dict[str, int]:
     """The coded bytes of each array. Arrays that share a stream share its bytes in proportion to their raw size."""
-    file, _, streams = _open(path, None)
+    file, _, streams, names = _open(path, None)
     file.close()
-    result = {}
+    result = dict.fromkeys(names, 0)
     for stream in streams:
         raw, done, given = stream.raw, 0, 0
         for name, size in zip(stream.names, raw, strict=True):
@@ -171,8 +208,8 @@ def sizes(path: Path_) -> dict[str, int]:
 class _Tensors(Mapping[str, Array]):
     """Arrays of a file that stays open; decoded when looked up. Streams of many small arrays are decoded once."""
 
-    def __init__(self, path: str, file: BinaryIO, streams: list[_Stream]):
-        self._path, self._file, self._lock = path, file, Lock()
+    def __init__(self, path: str, file: BinaryIO, streams: list[_Stream], names: list[str]):
+        self._path, self._file, self._lock, self._names = path, file, Lock(), names
         self._place = {name: (stream, i) for stream in streams for i, name in enumerate(stream.names)}
         self._shared: dict[int, list[Array]] = {}  # decoded streams by their offset; the latest few
         weakref.finalize(self, file.close)
@@ -191,40 +228,46 @@ class _Tensors(Mapping[str, Array]):
         return arrays[index].copy()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._names)
 
     def _decode(self, stream: _Stream) -> list[Array]:
         with self._lock:
             self._file.seek(stream.offset)
             data = self._file.read(stream.length)
-        if len(data) != stream.length or zlib.crc32(data) != stream.checksum:
+        if len(data) != stream.length:
+            raise _damaged(self._path, f"{stream.names[0]!r} is cut off")
+        try:
+            arrays = coder.decode_all(data, stream.dtype, stream.shapes)
+        except FileError as error:
+            raise _damaged(self._path, f"{stream.names[0]!r} cannot be decoded ({error.given})") from error
+        if _checksum(arrays, zlib.crc32(data)) != stream.checksum:
             raise _damaged(self._path, f"the checksum of {stream.names[0]!r} is wrong")
-        return coder.decode_all(data, stream.dtype, stream.shapes)
+        return arrays
 
 
 def _damaged(path: Path_, what: str) -> FileError:
     return FileError(f"{path} is damaged: {what}.", "a whole .mip file", "copy or make the file again.")
 
 
-def _open(path: Path_, limit: int | None) -> tuple[BinaryIO, dict[str, Any], list[_Stream]]:
+def _open(path: Path_, limit: int | None) -> tuple[BinaryIO, dict[str, Any], list[_Stream], list[str]]:
     try:
         file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}.", "a .mip file") from error
     try:
-        meta, streams = _parse(path, file, limit)
+        meta, streams, names = _parse(path, file, limit)
     except BaseException as error:
         file.close()
         if isinstance(error, OSError):
             raise FileError(f"{path} cannot be read: {error.strerror or error}.", "a .mip file") from error
         raise
-    return file, meta, streams
+    return file, meta, streams, names
 
 
-def _parse(path: Path_, file: BinaryIO, limit: int | None) -> tuple[dict[str, Any], list[_Stream]]:
+def _parse(path: Path_, file: BinaryIO, limit: int | None) -> tuple[dict[str, Any], list[_Stream], list[str]]:
     total = os.fstat(file.fileno()).st_size
     head = file.read(_HEAD.size)
     if head[: len(MAGIC)] != MAGIC:
@@ -232,7 +275,12 @@ def _parse(path: Path_, file: BinaryIO, limit: int | None) -> tuple[dict[str, An
     if total < _HEAD.size + _FOOT.size:
         raise _damaged(path, "it is truncated")
     if head[8] != MAJOR:
-        raise FileError(f"{path} has format version {head[8]}.{head[9]}.", f"version {MAJOR}", "upgrade multum.")
+        do = (
+            "upgrade multum."
+            if head[8] > MAJOR
+            else "make it again, or use the multum that wrote it: a newer one does not read older formats."
+        )
+        raise FileError(f"{path} has format version {head[8]}.{head[9]}.", f"version {MAJOR}", do)
     file.seek(total - _FOOT.size)
     foot = file.read(_FOOT.size)
     packed_size, plain_size, checksum = _FOOT.unpack(foot)
@@ -244,13 +292,13 @@ def _parse(path: Path_, file: BinaryIO, limit: int | None) -> tuple[dict[str, An
     if zlib.crc32(head + packed + foot[:8]) != checksum:
         raise _damaged(path, "the checksum of its header is wrong")
     try:
-        header = _load(coder.decompress(packed, plain_size))
-        streams = _streams(header, body)
+        header = _load(coder.decompress(packed, plain_size, words=True))
+        streams, names = _streams(header, body)
         meta = _of(header.get("meta"), dict)
     except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(path, f"its header makes no sense ({error})") from error
     _check_sizes(path, streams, total, limit)
-    return meta, streams
+    return meta, streams, names
 
 
 def _of(value: Any, kind: type) -> Any:
@@ -277,31 +325,41 @@ def _load(text: bytes) -> dict[str, Any]:
     return header
 
 
-def _streams(header: dict[str, Any], end: int) -> list[_Stream]:
-    streams, offset, seen = [], _HEAD.size, set()
-    for length, checksum, dtype, members in _of(header["streams"], list):
-        names, shapes = zip(*members, strict=True)
-        for name, shape in members:
-            _check_name(name)
-            if name in seen:
-                raise ValueError(f"{name!r} appears twice")
-            seen.add(name)
-            if len(_of(shape, list)) > _RANK or any(_of(n, int) < 0 or n > 1 << 48 for n in shape):
-                raise ValueError(f"{name!r} has the shape {shape}")
+def _streams(header: dict[str, Any], end: int) -> tuple[list[_Stream], list[str]]:
+    streams, offset = list[_Stream](), _HEAD.size
+    for length, checksum, dtype in _of(header["streams"], list):
         if dtype not in coder.DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}")
         if _of(length, int) < 0 or not 0 <= _of(checksum, int) < 1 << 32:
             raise ValueError("a stream has an impossible length or checksum")
-        streams.append(_Stream(offset, length, checksum, dtype, names, tuple(tuple(s) for s in shapes)))
+        streams.append(_Stream(offset, length, checksum, dtype, [], []))
         offset += length
     padding = _of(header.get("padding", 0), int)
     if padding < 0 or offset + padding != end:
         raise ValueError("the lengths of its parts do not add up")
-    return streams
+    names = _unfold(_of(header["names"], list))
+    if len(set(names)) != len(names):
+        raise ValueError("a name appears twice")
+    for name, shape, place in zip(names, _of(header["shapes"], list), _of(header["places"], list), strict=True):
+        _check_name(name)
+        if len(_of(shape, list)) > _RANK or any(_of(n, int) < 0 or n > 1 << 48 for n in shape):
+            raise ValueError(f"{name!r} has the shape {shape}")
+        if not 0 <= _of(place, int) < len(streams):
+            raise ValueError(f"{name!r} is in stream {place}")
+        streams[place].names.append(name)
+        streams[place].shapes.append(tuple(shape))
+    if not all(stream.names for stream in streams):
+        raise ValueError("a stream holds nothing")
+    return streams, names
+
+
+def can_name(name: Any) -> bool:
+    """Whether an array can have this name: up to 512 characters, none of them a control character or backslash, and no path upwards."""
+    return isinstance(name, str) and bool(_NAME.fullmatch(name)) and ".." not in name.split("/")
 
 
 def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name.split("/"):
+    if not can_name(name):
         given = f"A tensor with the name {str(name)[:80]!r}."
         raise FileError(given, "up to 512 characters, none of them a control character or backslash", "rename it.")
 

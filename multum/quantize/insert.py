@@ -35,7 +35,8 @@ def quantize_weight(graph: Graph, layer: Layer, bits: int, scale: float | None =
     reads = [node for node in graph.fx.nodes if node.op == "get_attr" and node.target == layer.weight]
     first, after = reads[0], reads[0].next
     rest = [graph.attribute(f"{layer.weight}_{name}", after) for name in ("scale", "zero_point")]
-    factor = 1 / math.sqrt(weight.numel() / scales.numel() * grid.high)
+    # Two digits of it, for it stands in the file.
+    factor = float(f"{1 / math.sqrt(weight.numel() / scales.numel() * grid.high):.1e}")
     args = (first, *rest, layer.scale_axis, grid.low, grid.high, factor)
     quantizer = _call_after(graph, rest[-1], aten._fake_quantize_learnable_per_channel_affine.default, args, first, layer.name)
     for node in reads:

@@ -77,6 +77,7 @@ def test_each_coding_is_used_where_it_is_best():
         coder.PLANES: np.tile(np.frombuffer(rng.bytes(64), np.uint8), 100),
         coder.INTEGERS: laplace(3000),
         coder.FLOATS: weights,
+        coder.CONSTANT: np.full((50, 60), -0.0, np.float32),
         coder.PALETTE: rng.normal(size=16).astype(np.float32)[rng.integers(0, 16, (50, 50))],
     }
     assert {coding: back(array)[0] for coding, array in found.items()} == {coding: coding for coding in found}
@@ -176,7 +177,7 @@ def test_a_frame_of_another_size_is_refused(size):
 
 
 def test_the_format_stays_as_it_is():
-    """Files of earlier versions must stay readable: these bytes were written by version 2.0."""
+    """Files of earlier versions must stay readable: these bytes were written by version 3.0."""
     array = np.array([[0, 1, -1, 0, 3], [0, 0, -2, 1, 0]], np.int8)
     assert coder.decode(GOLDEN_INTEGERS, "int8", (2, 5)).tolist() == array.tolist()
     kernels = np.zeros((4, 3, 3, 3), np.int8)
