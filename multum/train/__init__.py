@@ -1,7 +1,9 @@
 """The one training loop, and where its tensors lie."""
 
+from .companion import Companion
 from .layout import arrange, lay_out
-from .loop import Loss, Training, fit
-from .rate import entropy
+from .loop import Loss, fit
+from .optimizer import Training
+from .rate import Rate, entropy
 
-__all__ = ["Loss", "Training", "arrange", "entropy", "fit", "lay_out"]
+__all__ = ["Companion", "Loss", "Rate", "Training", "arrange", "entropy", "fit", "lay_out"]

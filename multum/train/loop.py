@@ -6,74 +6,43 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..errors import TrainError
-from ..graph import Graph, layers
-from ..graph.model import aten, read
+from ..graph import Graph
 from ..graph.sparse import zeros_frozen
 from ..task import Task, call
 from . import checkpoint
+from .companion import Companion
 from .layout import arrange, convert, lay_out
-from .rate import Rate
+from .optimizer import Training, optimizer, scales
 
 Loss = Callable[[Any, Any, Any], Tensor]  # (inputs, outputs, targets) -> scalar
 
 CHECKPOINT_SECONDS = 30.0
 _STEPS_BETWEEN_LOOKS = 16  # losses are read from the device, and checked, this many at a time
 _SMALLEST_SCALE = 1e-8
-_LEARNED_QUANTIZERS = (
-    aten._fake_quantize_learnable_per_tensor_affine.default,
-    aten._fake_quantize_learnable_per_channel_affine.default,
-)
 
 
-@dataclass(frozen=True)
-class Training:
-    """How to train. `epochs` may be a fraction of a pass; the rate warms up linearly, then falls to zero as a cosine.
-
-    `warmup` is a share of all steps; `clip` bounds the norm of the gradient (0: not at all); `patience` is the number of
-    passes without a better validation score after which training stops (0: never); `bits` is the most entropy that the
-    quantized weights may have at the end, bits per weight (None: any).
-    """
-
-    epochs: float = 1.0
-    learning_rate: float = 1e-3
-    optimizer: str = "adamw"
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    clip: float = 1.0
-    patience: int = 5
-    bits: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.optimizer not in ("adamw", "sgd"):
-            raise TrainError(f"The optimizer is {self.optimizer!r}.", "'adamw' or 'sgd'")
-        for name in ("epochs", "learning_rate", "bits"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise TrainError(f"{name} is {getattr(self, name)!r}.", "a number above zero")
-        for name, most in (("weight_decay", math.inf), ("warmup", 1.0), ("clip", math.inf), ("patience", math.inf)):
-            if not 0 <= getattr(self, name) <= most:
-                raise TrainError(f"{name} is {getattr(self, name)!r}.", f"a number from 0 to {most}")
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of one of `steps` steps."""
-        warm = round(self.warmup * steps)
-        if step < warm:
-            return self.learning_rate * (step + 1) / (warm + 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
-
-
-def fit(graph: Graph, task: Task, loss: Loss, how: Training | None = None, workdir: Path | None = None) -> dict[str, Any]:
+def fit(
+    graph: Graph,
+    task: Task,
+    loss: Loss,
+    how: Training | None = None,
+    workdir: Path | None = None,
+    companions: Sequence[Companion] = (),
+) -> dict[str, Any]:
     """Trains `graph` in place on the task's train data and leaves it in eval mode.
+
+    The `companions` have a say at every step: they add to the loss, change the weights, and measure.
 
     Returns `steps`, `seconds`, `loss_first` and `loss_last` (means over the first and last tenth of the steps), and with
     validation data `validation`, pairs of step and score, from before the first step on, and `kept`, the step whose state
@@ -87,8 +56,8 @@ def fit(graph: Graph, task: Task, loss: Loss, how: Training | None = None, workd
         raise TrainError("The graph has no parameter that can be trained.", "at least one with requires_grad", "graph.requires_grad_(True)")
     if task.fit is not None:
         with zeros_frozen(graph):
-            return _fit_by_task(graph, task, loss)
-    run = _Run(graph, task, loss, how, workdir)
+            return _fit_by_task(graph, task, loss, companions)
+    run = _Run(graph, task, loss, how, workdir, companions)
     device = run.accelerator.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), zeros_frozen(graph):
         torch.manual_seed(task.seed)
@@ -101,12 +70,13 @@ def fit(graph: Graph, task: Task, loss: Loss, how: Training | None = None, workd
 class _Run:
     """One training: what it works on, where it stands, and its checkpoint."""
 
-    def __init__(self, graph: Graph, task: Task, loss: Loss, how: Training, workdir: Path | None):
+    def __init__(self, graph: Graph, task: Task, loss: Loss, how: Training, workdir: Path | None, companions: Sequence[Companion]):
         from accelerate import Accelerator
 
+        self.companions = companions
         self.graph, self.task, self.loss, self.how = graph, task, loss, how
         self.home = next(graph.parameters()).device
-        key = [graph.fingerprint(), asdict(how), task.seed]
+        key = [graph.fingerprint(), asdict(how), task.seed, [companion.key for companion in companions]]
         self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.file = workdir / "training.safetensors" if workdir else None
         self.accelerator = Accelerator()
@@ -119,9 +89,10 @@ class _Run:
         self.format = lay_out(graph)
         self.model = self.accelerator.prepare_model(graph)
         self.parameters = [parameter for parameter in graph.parameters() if parameter.requires_grad]
-        self.scales = _scales(graph)
-        self.rate = None if how.bits is None else Rate(graph, how.bits)
-        self.optimizer = self.accelerator.prepare_optimizer(_optimizer(graph, how, self.accelerator.device))
+        self.scales = scales(graph)
+        for companion in companions:
+            companion.join(graph)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer(graph, how, self.accelerator.device))
         self.step = self.seen = 0  # steps done in all, and batches seen in this pass
         self.order: dict[str, Tensor] = {}  # the random state in which this pass began
         self.now: dict[str, Tensor] = {}  # and that of the checkpoint from which training goes on
@@ -129,7 +100,7 @@ class _Run:
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []
         self.kept, self.state = 0, _state(graph)
-        self.best: float | None = None  # the score of what is kept, once it is small enough to be judged by it
+        self.best: float | None = None  # the score of what is kept, once the companions are content and it is judged by it
         self.seconds, self.began, self.saved = 0.0, time.perf_counter(), time.perf_counter()
 
     def train(self) -> dict[str, Any]:
@@ -185,17 +156,17 @@ class _Run:
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             form = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise TrainError(f"The loss gave {form}.", "one number that depends on the outputs")
-        if self.rate:
-            self.rate.adjust(self.step, self.steps)
-            value = value + self.rate.term()
+        for companion in self.companions:
+            companion.before(self.step, self.steps)
+            value = value + companion.term()
         for group in self.optimizer.param_groups:
             group["lr"] = self.how.rate(self.step, self.steps) * group.get("factor", 1.0)
         self.accelerator.backward(value)
         if self.how.clip:
             self.accelerator.clip_grad_norm_(self.parameters, self.how.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self._constrain()
+        self.optimizer.zero_grad()
         self.pending.append(value.detach().float().reshape(()))
         self.step += 1
         self.seen += 1
@@ -205,6 +176,8 @@ class _Run:
         """What must hold for the parameters after every step."""
         for scale in self.scales:
             scale.clamp_(min=_SMALLEST_SCALE)
+        for companion in self.companions:
+            companion.after(self.step, self.steps)
 
     def _look(self) -> None:
         """Reads the losses since the last look. Raises TrainError, with the last good state restored, when one is not finite."""
@@ -237,13 +210,13 @@ class _Run:
     def _keep(self) -> None:
         """Takes the present state for the result, if it is the best so far or there is nothing to judge it by.
 
-        Until the weights are as small as asked, the last state is the best.
+        Until the companions are content, the last state is the best.
         """
-        score, small = self._score(), self.rate is None or self.rate.met()
+        score, content = self._score(), all(companion.met() for companion in self.companions)
         better = score is None or self.best is None or (score > self.best if self.task.higher_is_better else score < self.best)
-        if self.best is None or (small and better):
+        if self.best is None or (content and better):
             self.kept, self.state = self.step, _state(self.graph)
-            self.best = score if small else None
+            self.best = score if content else None
 
     def _patience_is_over(self) -> bool:
         return bool(self.how.patience and self.kept) and sum(step > self.kept for step, _ in self.validation) >= self.how.patience
@@ -256,8 +229,8 @@ class _Run:
             "loss_first": float(np.mean(self.losses[:tenth])),
             "loss_last": float(np.mean(self.losses[-tenth:])),
         }
-        if self.rate:
-            history["bits"] = self.rate.entropy()
+        for companion in self.companions:
+            history |= companion.measured()
         return history | ({"validation": self.validation, "kept": self.kept} if self.validation else {})
 
     def _save(self) -> None:
@@ -266,10 +239,11 @@ class _Run:
         if self.file is None or not self.accelerator.is_main_process:
             return
         position = {"step": self.step, "seen": self.seen, "kept": self.kept, "losses": self.losses, "validation": self.validation}
-        position |= {"best": self.best, "rate": self.rate.state() if self.rate else None}
+        position["best"] = self.best
         position["seconds"] = self.seconds + time.perf_counter() - self.began
         parts = {"graph": dict(self.graph.named_tensors()), "kept": self.state, "optimizer": checkpoint.moments(self.optimizer)}
         parts |= {"order": self.order, "now": checkpoint.random_state(self.accelerator.device)}
+        parts |= {f"companion{index}": companion.state() for index, companion in enumerate(self.companions)}
         checkpoint.save(self.file, self.key, position, parts)
 
     def _resume(self) -> None:
@@ -282,19 +256,27 @@ class _Run:
         self.order, self.now = parts["order"], parts["now"]
         self.step, self.seen, self.kept = position["step"], position["seen"], position["kept"]
         self.losses, self.seconds, self.best = position["losses"], position["seconds"], position["best"]
-        if self.rate:
-            self.rate.restore(position["rate"])
+        for index, companion in enumerate(self.companions):
+            companion.restore(parts.get(f"companion{index}", {}))
         self.validation = [(step, score) for step, score in position["validation"]]
         checkpoint.set_random_state(self.order if self.seen else self.now, self.accelerator.device)
 
 
-def _fit_by_task(graph: Graph, task: Task, loss: Loss) -> dict[str, Any]:
+def _fit_by_task(graph: Graph, task: Task, loss: Loss, companions: Sequence[Companion]) -> dict[str, Any]:
     """The same by the user's own loop; a step is a call of the loss."""
     assert task.fit is not None
+    steps = _length(task.data("train")) if companions else 0  # how long it will go on nobody says: a pass is assumed
+    for companion in companions:
+        companion.join(graph)
     begin, losses = time.perf_counter(), list[Tensor]()
 
     def noted(inputs: Any, outputs: Any, targets: Any) -> Tensor:
         value = loss(inputs, outputs, targets)
+        for companion in companions:
+            companion.before(len(losses), steps)
+            value = value + companion.term()
+            with torch.no_grad():
+                companion.after(len(losses), steps)
         losses.append(value.detach())
         return value
 
@@ -308,37 +290,10 @@ def _fit_by_task(graph: Graph, task: Task, loss: Loss) -> dict[str, Any]:
         raise TrainError(f"The task's fit called the loss {len(values)} times and not every value is finite.", "finite losses")
     _check_finite(graph)
     tenth = max(1, len(values) // 10)
-    history = {"loss_first": float(np.mean(values[:tenth])), "loss_last": float(np.mean(values[-tenth:]))}
+    history: dict[str, Any] = {"loss_first": float(np.mean(values[:tenth])), "loss_last": float(np.mean(values[-tenth:]))}
+    for companion in companions:
+        history |= companion.measured()
     return {"steps": len(values), "seconds": time.perf_counter() - begin, **history}
-
-
-def _optimizer(graph: Graph, how: Training, device: torch.device) -> torch.optim.Optimizer:
-    """Only weights that multiply decay: not biases, norms, positions or scales of quantizers.
-
-    AdamW moves every number by about the learning rate, whatever its size, which would throw the small scales of quantizers
-    about: their rate is in proportion to their size.
-    """
-    decaying = {layer.weight for layer in layers(graph) if layer.kind in ("conv", "linear", "rnn")}
-    scales = {id(scale) for scale in _scales(graph)} if how.optimizer == "adamw" else set()
-    rows: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay} for weight_decay in (0.0, how.weight_decay)]
-    for name, parameter in graph.tensors.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in scales:
-            rows.append({"params": [parameter], "weight_decay": 0.0, "factor": float(parameter.detach().abs().mean())})
-        else:
-            rows[name in decaying]["params"].append(parameter)
-    rows = [row for row in rows if row["params"]]
-    fused = True if device.type in ("cpu", "cuda") else None
-    if how.optimizer == "sgd":
-        return torch.optim.SGD(rows, how.learning_rate, momentum=0.9, nesterov=True, fused=fused)
-    return torch.optim.AdamW(rows, how.learning_rate, fused=fused)
-
-
-def _scales(graph: Graph) -> list[Tensor]:
-    """The learned scales of quantizers."""
-    nodes = [read(node, "scale") for node in graph.find(*_LEARNED_QUANTIZERS)]
-    return [graph.tensor(str(node.target)) for node in nodes if isinstance(node, fx.Node) and node.op == "get_attr"]
 
 
 def _length(data: Iterable[Any]) -> int:

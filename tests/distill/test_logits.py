@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from multum.distill import Logits
-from multum.distill.logits import default_rate
+from multum.distill.teacher import default_rate
 from multum.errors import StepError, TrainError
 from multum.graph import Graph, capture
 from multum.step import Recipe, compress, methods

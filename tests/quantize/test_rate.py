@@ -87,15 +87,17 @@ def test_training_without_a_rate_lets_the_file_grow_and_the_rate_forbids_it() ->
 def test_a_rate_that_is_not_exceeded_costs_nothing() -> None:
     task = network()
     graph = compress(task, RateDistortion(bits=1.0)).graph.requires_grad_(True)
-    rate = Rate(graph, 3.0)
+    rate = Rate(3.0)
+    rate.join(graph)
     for step in range(0, 400, 8):
-        rate.adjust(step, 400)
+        rate.before(step, 400)
     assert rate.multiplier < 1e-5
 
 
 def test_the_term_falls_when_weights_shrink() -> None:
     graph = compress(network(), RateDistortion(bits=1.5)).graph.requires_grad_(True)
-    rate = Rate(graph, 1.0)
+    rate = Rate(1.0)
+    rate.join(graph)
     before = float(rate.term().detach())
     rate.term().backward()
     weight = graph.tensor("3.weight")
@@ -109,8 +111,8 @@ def test_bits_need_quantized_weights() -> None:
     task = network()
     with pytest.raises(StepError, match="no weight is quantized"):
         compress(task, Logits(bits=1.0))
-    with pytest.raises(TrainError, match="no weight is quantized"):
-        fit(task.original.copy().requires_grad_(True), task, lambda i, o, t: o.sum(), Training(bits=1.0))
+    with pytest.raises(TrainError, match="No weight is quantized"):
+        fit(task.original.copy().requires_grad_(True), task, lambda i, o, t: o.sum(), Training(), companions=[Rate(1.0)])
 
 
 @pytest.mark.parametrize("options", [{"bits": 0.0}, {"bits": 9.0}, {"bits": -1.0}, {"edges": 1}], ids=str)

@@ -1,0 +1,82 @@
+"""How a training goes: its length, its rate, and what moves the parameters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import TrainError
+from ..graph import Graph, layers
+from ..graph.model import aten, read
+
+_LEARNED_QUANTIZERS = (
+    aten._fake_quantize_learnable_per_tensor_affine.default,
+    aten._fake_quantize_learnable_per_channel_affine.default,
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train. `epochs` may be a fraction of a pass; the rate warms up linearly, then falls to zero as a cosine.
+
+    `warmup` is a share of all steps; `clip` bounds the norm of the gradient (0: not at all); `patience` is the number of
+    passes without a better validation score after which training stops (0: never).
+    """
+
+    epochs: float = 1.0
+    learning_rate: float = 1e-3
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    clip: float = 1.0
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "sgd"):
+            raise TrainError(f"The optimizer is {self.optimizer!r}.", "'adamw' or 'sgd'")
+        for name in ("epochs", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise TrainError(f"{name} is {getattr(self, name)!r}.", "a number above zero")
+        for name, most in (("weight_decay", math.inf), ("warmup", 1.0), ("clip", math.inf), ("patience", math.inf)):
+            if not 0 <= getattr(self, name) <= most:
+                raise TrainError(f"{name} is {getattr(self, name)!r}.", f"a number from 0 to {most}")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of one of `steps` steps."""
+        warm = round(self.warmup * steps)
+        if step < warm:
+            return self.learning_rate * (step + 1) / (warm + 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+def optimizer(graph: Graph, how: Training, device: torch.device) -> torch.optim.Optimizer:
+    """Only weights that multiply decay: not biases, norms, positions or scales of quantizers.
+
+    AdamW moves every number by about the learning rate, whatever its size, which would throw the small scales of quantizers
+    about: their rate is in proportion to their size.
+    """
+    decaying = {layer.weight for layer in layers(graph) if layer.kind in ("conv", "linear", "rnn")}
+    learned = {id(scale) for scale in scales(graph)} if how.optimizer == "adamw" else set()
+    rows: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay} for weight_decay in (0.0, how.weight_decay)]
+    for name, parameter in graph.tensors.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in learned:
+            rows.append({"params": [parameter], "weight_decay": 0.0, "factor": float(parameter.detach().abs().mean())})
+        else:
+            rows[name in decaying]["params"].append(parameter)
+    rows = [row for row in rows if row["params"]]
+    fused = True if device.type in ("cpu", "cuda") else None
+    if how.optimizer == "sgd":
+        return torch.optim.SGD(rows, how.learning_rate, momentum=0.9, nesterov=True, fused=fused)
+    return torch.optim.AdamW(rows, how.learning_rate, fused=fused)
+
+
+def scales(graph: Graph) -> list[Tensor]:
+    """The learned scales of quantizers."""
+    nodes = [read(node, "scale") for node in graph.find(*_LEARNED_QUANTIZERS)]
+    return [graph.tensor(str(node.target)) for node in nodes if isinstance(node, fx.Node) and node.op == "get_attr"]
