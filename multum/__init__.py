@@ -21,6 +21,8 @@ _PLACES = {
     "compress": "step",
     "save": "pack",
     "load": "pack",
+    "pack": "pack",
+    "unpack": "pack",
     "export": "export",
     "Session": "runtime",
     "bench": "runtime",
@@ -36,7 +38,7 @@ __all__ = [*_PLACES, *_FAMILIES]
 
 
 class _Package(ModuleType):
-    """Keeps `multum.search` the function: importing the folder of that name would otherwise put the folder in its place."""
+    """Keeps `multum.search` and `multum.pack` the functions: importing the folder of that name would put the folder in its place."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _PLACES and isinstance(value, ModuleType)):

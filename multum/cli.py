@@ -155,6 +155,38 @@ def export(
     _show(data, as_json, lambda: f"{path} ({data['bytes']:,} bytes), run and compared")
 
 
+@app.command(epilog="Examples: `multum pack model.onnx`, `multum pack model.onnx small.mip --json`")
+def pack(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="an ONNX file, of any origin")],
+    path: Annotated[Path | None, typer.Argument(metavar="FILE", help="the .mip file to write; else SOURCE with that ending")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an ONNX file smaller without changing a bit: the same operators, the same numbers."""
+    from .pack import pack as pack_onnx
+
+    path = path or source.with_suffix(".mip")
+    with _working():
+        size = pack_onnx(source, path, tell=_tell)
+    before = source.stat().st_size
+    data = {"path": str(path), "bytes": size, "original": before, "ratio": before / size}
+    _show(data, as_json, lambda: f"{path} ({size:,} of {before:,} bytes, {1 - size / before:.0%} smaller), every tensor read back")
+
+
+@app.command(epilog="Example: `multum unpack small.mip model.onnx`")
+def unpack(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="a .mip file that `multum pack` wrote")],
+    target: Annotated[Path | None, typer.Argument(metavar="TARGET", help="the ONNX file to write; else FILE with that ending")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the ONNX file that was packed."""
+    from .pack import unpack as unpack_onnx
+
+    target = target or path.with_suffix(".onnx")
+    with _working():
+        size = unpack_onnx(path, target, tell=_tell)
+    _show({"path": str(target), "bytes": size}, as_json, lambda: f"{target} ({size:,} bytes)")
+
+
 @app.command(epilog="Example: `multum report out/`")
 def report(out: Folder, as_json: AsJson = False) -> None:
     """Write the HTML page of a result."""

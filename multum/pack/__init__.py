@@ -3,5 +3,6 @@
 from .coder import decode, encode
 from .mip import read, read_meta, sizes, write
 from .model import describe, load, save
+from .onnx import pack, unpack
 
-__all__ = ["decode", "describe", "encode", "load", "read", "read_meta", "save", "sizes", "write"]
+__all__ = ["decode", "describe", "encode", "load", "pack", "read", "read_meta", "save", "sizes", "unpack", "write"]

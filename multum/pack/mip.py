@@ -15,13 +15,11 @@ dictionary that it was made with; a version of the format knows the dictionaries
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
 import struct
-import tempfile
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,6 +33,7 @@ from numpy.typing import NDArray
 
 from ..errors import FileError
 from . import coder
+from .whole import whole
 
 MAGIC, MAJOR, MINOR = b"\x89MIP\r\n\x1a\n", 3, 0
 _HEAD, _FOOT = struct.Struct("<8sBB"), struct.Struct("<III")
@@ -70,31 +69,8 @@ def write(path: Path_, meta: Mapping[str, Any], tensors: Mapping[str, Array]) ->
     The file appears under its name only when it is whole and on the disk; until then a file of that name stays as it is.
     Arrays are taken from ``tensors`` one at a time, in its order.
     """
-    path = Path(path)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    except OSError as error:
-        raise FileError(f"{path} cannot be written: {error.strerror}.", "a folder that exists and can be written") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            size = _write(file, meta, tensors)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise FileError(f"{path} could not be written: {error.strerror or error}.", do="free space or change the place.") from error
-        raise
-    return size
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    with whole(Path(path)) as file:
+        return _write(file, meta, tensors)
 
 
 def _write(file: BinaryIO, meta: Mapping[str, Any], tensors: Mapping[str, Array]) -> int:

@@ -15,7 +15,7 @@ from ..graph import Graph
 from ..graph.file import from_data, to_data
 from ..step import Result
 from ..task import Task
-from . import mip, outline
+from . import mip, onnx, outline
 
 FORMAT = "multum graph"
 _FINGERPRINT = 16  # digits of the original's fingerprint
@@ -45,7 +45,8 @@ def load(path: str | Path) -> Graph:
     """
     meta, arrays = mip.read(path)
     if meta.get("format") != FORMAT or not isinstance(meta.get("graph"), dict):
-        raise FileError(f"{str(path)!r} holds {meta.get('format')!r}, not a graph.", "a file written by multum.save")
+        do = f"multum unpack {path}" if meta.get("format") == onnx.FORMAT else ""
+        raise FileError(f"{str(path)!r} holds {meta.get('format')!r}, not a graph.", "a file written by multum.save", do)
     try:
         data, halves = outline.expand(meta["graph"], list(arrays))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:

@@ -224,3 +224,18 @@ def test_a_real_process_keeps_stdout_clean(task_file: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["total"]["parameters"] == 4996
     assert "the user's file prints to stdout" in done.stderr
+
+
+def test_an_onnx_file_is_packed_and_unpacked(finished: Finished, tmp_path: Path) -> None:
+    source = tmp_path / "model.onnx"
+    shutil.copy(finished.out / "original.onnx", source)
+    done = multum("pack", source, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bytes"] == (tmp_path / "model.mip").stat().st_size
+    assert found["ratio"] == source.stat().st_size / found["bytes"] > 1.1
+    assert "read back" in done.stderr
+    again = multum("unpack", tmp_path / "model.mip", tmp_path / "back.onnx", "--json")
+    assert json.loads(again.stdout) == {"path": str(tmp_path / "back.onnx"), "bytes": source.stat().st_size}
+    assert (tmp_path / "back.onnx").read_bytes() == source.read_bytes()
+    assert "smaller" in multum("pack", source, tmp_path / "other.mip").stdout

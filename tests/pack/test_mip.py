@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import struct
+import tempfile
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -344,7 +345,7 @@ def test_a_full_disk_at_the_last_moment(path, monkeypatch, step):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = path.read_bytes()
-    monkeypatch.setattr(mip.os, step, full)
+    monkeypatch.setattr(os, step, full)
     with pytest.raises(FileError, match=r"could not be written: No space left.*\nDo: free space"):
         mip.write(path, {}, tensors())
     assert path.read_bytes() == before
@@ -354,7 +355,7 @@ def test_a_full_disk_at_the_last_moment(path, monkeypatch, step):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_really_full_device(path, monkeypatch):
     before = path.read_bytes()
-    monkeypatch.setattr(mip.tempfile, "mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), str(path.parent / "temporary")))
+    monkeypatch.setattr(tempfile, "mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), str(path.parent / "temporary")))
     with pytest.raises(FileError, match="No space left"):
         mip.write(path, {}, tensors())
     assert path.read_bytes() == before
