@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Row = list[Any]
-_KINDS = ("buffers", "integers")  # of tensors that the description names
+_KINDS = ("buffers", "integers", "sparse")  # of tensors that the description names
 
 
 def shrink(graph: Mapping[str, Any], halves: Iterable[str], tensors: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
@@ -39,8 +39,8 @@ def shrink(graph: Mapping[str, Any], halves: Iterable[str], tensors: Iterable[st
         else:
             short.append(rows.end(list(row) if row[0] == "in" else ["out", *(rows.name(part) for part in row[1])], ""))
     names += [name for name in tensors if name not in places]
-    sets = [set(graph[kind]) for kind in _KINDS] + [set(halves)]
-    marks = "".join(str(sum((name in those) << bit for bit, those in enumerate(sets))) for name in names)
+    sets = [set(graph.get(kind, ())) for kind in _KINDS] + [set(halves)]
+    marks = "".join(f"{sum((name in those) << bit for bit, those in enumerate(sets)):x}" for name in names)
     return {key: graph[key] for key in ("graph", "inputs", "outputs", "pinned")} | {"nodes": short, "tensors": marks}, names
 
 
@@ -66,7 +66,7 @@ def expand(short: Mapping[str, Any], names: list[str]) -> tuple[dict[str, Any], 
             nodes.append(rows.end(["call", _long(row[0]), args, module, *more], module))
     if len(short["tensors"]) != len(names):
         raise ValueError(f"{len(short['tensors'])} marks for {len(names)} tensors")
-    sets = [[n for n, mark in zip(names, short["tensors"], strict=True) if int(mark) >> bit & 1] for bit in range(len(_KINDS) + 1)]
+    sets = [[n for n, mark in zip(names, short["tensors"], strict=True) if int(mark, 16) >> bit & 1] for bit in range(len(_KINDS) + 1)]
     graph = {key: short[key] for key in ("graph", "inputs", "outputs", "pinned")} | {"nodes": nodes}
     return graph | dict(zip(_KINDS, sets, strict=False)), sets[-1]
 

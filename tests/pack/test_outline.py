@@ -28,8 +28,8 @@ def test_every_graph_comes_back(name):
     assert sorted(names) == sorted(tensors)
     back, halves = outline.expand(json.loads(json.dumps(short)), names)
     assert halves == []
-    for kind in ("buffers", "integers"):
-        assert sorted(back.pop(kind)) == sorted(graph.pop(kind))
+    for kind in ("buffers", "integers", "sparse"):
+        assert sorted(back.pop(kind)) == sorted(graph.pop(kind, []))
     assert back == json.loads(json.dumps(graph))
     assert len(json.dumps(short)) < 0.95 * len(json.dumps(graph))
 
@@ -57,7 +57,16 @@ def test_any_rows_come_back(draws):
                 row.append(draws.draw(st.sampled_from(["", "a", "c.d"])))
                 rows.append([*row, {"dim": draws.draw(VALUES | here)}] if kind == "keywords" else row)
     rows.append(["out", [{"n": len(rows) - 1}, {"n": 0}]])
-    graph = {"graph": 1, "nodes": rows, "inputs": {}, "outputs": {}, "pinned": [1], "buffers": ["a"], "integers": ["c.d.e", "unread"]}
+    graph = {
+        "graph": 1,
+        "nodes": rows,
+        "inputs": {},
+        "outputs": {},
+        "pinned": [1],
+        "buffers": ["a"],
+        "integers": ["c.d.e", "unread"],
+        "sparse": ["a.b"],
+    }
     short, names = outline.shrink(graph, ["a.b", "a"], ["a", "a.b", "c.d.e", "unread"])
     back, halves = outline.expand(json.loads(json.dumps(short)), names)
     assert back | {"integers": sorted(back["integers"])} == graph
@@ -138,3 +147,10 @@ def test_what_is_loaded_can_be_written_to(tmp_path):
         with torch.no_grad():
             tensor.add_(1)
     assert np.isfinite(graph(torch.randn(2, 1, 28, 28)).detach().numpy()).all()
+
+
+def test_zeros_that_are_meant_stay_so(tmp_path):
+    graph = multum.compress(tiny(), [multum.prune.Weights(ratio=0.5), multum.quantize.WeightOnly(bits=4)]).graph
+    assert graph.sparse
+    multum.save(graph, tmp_path / "x.mip")
+    assert model.load(tmp_path / "x.mip").sparse == graph.sparse
