@@ -55,7 +55,8 @@ def pairs(layer: Layer, value: Tensor, result: Tensor | None, weight: torch.Size
     size = max(1, _CHUNK // (groups * height * math.prod(shape(layer.node)[2:]) * value.element_size()))
     for part, own in zip(torch.split(value, size), torch.split(value if result is None else result, size), strict=True):
         windows: Tensor = layer.node.target(part, unit, None, *layer.node.args[3:])  # type: ignore[operator]
-        yield windows.transpose(0, 1).reshape(groups, height, -1), own.transpose(0, 1).reshape(groups, -1, windows[:, 0].numel())
+        found = windows.transpose(0, 1).reshape(groups, height, -1)
+        yield found, found if result is None else own.transpose(0, 1).reshape(groups, -1, found.shape[2])
 
 
 def data(layer: Layer) -> fx.Node:
@@ -63,6 +64,11 @@ def data(layer: Layer) -> fx.Node:
     node = layer.node.args[1 if layer.position == 2 else 0]
     assert isinstance(node, fx.Node)
     return node
+
+
+def channel_dim(layer: Layer) -> int:
+    """The dimension of what the layer reads in which its input channels lie."""
+    return -1 if layer.kind == "linear" else 1
 
 
 def _groups(layer: Layer) -> int:

@@ -17,7 +17,9 @@ from ..graph.axes import Group, Groups, Keep, axes
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from . import counts
-from .scores import CRITERIA
+from .evidence import Evidence
+from .recover import calibrated, recover_cut
+from .scores import CRITERIA, NEEDS
 
 KINDS = ("conv", "linear", "embedding", "rnn")
 _ALLOCATIONS = ("uniform", "global")
@@ -37,24 +39,36 @@ class Channels(Step):
     stage: ClassVar[Stage | None] = Stage.STRUCTURE
 
     ratio: float = option(0.5, "share of the channels that is cut")
-    criterion: str = option("magnitude", f"what a channel is judged by: {', '.join(CRITERIA)}")
-    allocation: str = option("uniform", "uniform: the same share everywhere; global: the lowest scores of the whole network")
+    criterion: str | None = option(
+        None, f"what a channel is judged by: {', '.join(CRITERIA)}; obs with calibration data, magnitude without when not given"
+    )
+    allocation: str | None = option(
+        None, "uniform: the same share everywhere; global: the lowest scores of the whole network; global for obs when not given"
+    )
     multiple: int = option(8, "widths that are left are multiples of this; smaller layers, of a half, a quarter ... of it")
     floor: float = option(0.1, "least share of each group that is kept")
     include: str | tuple[str, ...] = option("*", "layers that may be cut, as glob patterns")
     exclude: str | tuple[str, ...] = option((), "layers that may not")
     parameters: float | None = option(None, "share of the parameters to keep; takes the place of ratio")
     macs: float | None = option(None, "share of the multiply-accumulates to keep; takes the place of ratio")
+    recover: bool = option(True, "let the layers that read what was cut make good, when there are calibration data")
+    samples: int = option(512, "samples that data-based criteria and recovery look at")
+
+    def requires(self) -> tuple[str, ...]:
+        return NEEDS.get(self.criterion or "", ())
 
     def plan(self, graph: Graph, task: Task) -> Plan:
         self._check()
         groups = axes(graph)
         barred = self._barred(graph, groups)
         chosen = [group for group in groups if group.name not in barred]
-        scores = {group.name: CRITERIA[self.criterion](graph, groups, group) for group in chosen}
+        criterion = self.criterion or ("obs" if calibrated(task) else "magnitude")
+        allocation = self.allocation or ("global" if criterion == "obs" else "uniform")
+        evidence = Evidence(graph, task, self.samples)
+        scores = {group.name: CRITERIA[criterion](evidence, groups, group) for group in chosen}
 
         def keep(ratio: float) -> dict[str, list[int]]:
-            wanted = self._wanted(chosen, scores, ratio)
+            wanted = _wanted(chosen, scores, ratio, allocation)
             return _keep(groups, chosen, scores, wanted, {group.name: self._width(group, wanted[group.name], groups) for group in chosen})
 
         kept = keep(self._ratio(graph, groups, keep))
@@ -62,18 +76,23 @@ class Channels(Step):
         return Plan(changes, _skipped(graph, groups, kept, barred))
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
-        surgery.cut(graph, {name: change["keep"] for name, change in plan.changes.items()})
-        return {}
+        keep = {name: change["keep"] for name, change in plan.changes.items()}
+        recovers = self.recover and calibrated(task)
+        original = graph.copy() if recovers else graph
+        surgery.cut(graph, keep)
+        return recover_cut(graph, original, keep, task, self.samples) if recovers else {}
 
     def _check(self) -> None:
-        if self.criterion not in CRITERIA:
+        if self.criterion is not None and self.criterion not in CRITERIA:
             raise StepError(f"There is no criterion {self.criterion!r}.", f"one of the criteria, such as {near(self.criterion, CRITERIA)}")
-        if self.allocation not in _ALLOCATIONS:
+        if self.allocation is not None and self.allocation not in _ALLOCATIONS:
             raise StepError(f"The allocation is {self.allocation!r}.", " or ".join(_ALLOCATIONS))
         if not 0 < self.ratio < 1:
             raise StepError(f"The share of channels to cut is {self.ratio}.", "a ratio between 0 and 1, such as 0.5")
         if self.multiple < 1:
             raise StepError(f"Widths cannot be multiples of {self.multiple}.", "a multiple of at least 1, such as 8")
+        if self.samples < 1:
+            raise StepError(f"{self.samples} samples are asked for.", "at least 1, such as 512")
         if not 0 <= self.floor < 1:
             raise StepError(f"The least share that is kept is {self.floor}.", "a floor from 0 to below 1, such as 0.1")
         for name in ("parameters", "macs"):
@@ -96,14 +115,6 @@ class Channels(Step):
             elif not own & wanted:
                 barred[group.name] = "include does not name it" if own else "no layer makes it"
         return barred
-
-    def _wanted(self, chosen: list[Group], scores: dict[str, Tensor], ratio: float) -> dict[str, float]:
-        """How many channels each group should keep, before rounding."""
-        if self.allocation == "uniform" or not chosen:
-            return {group.name: group.size * (1 - ratio) for group in chosen}
-        pooled = torch.cat([scores[group.name] for group in chosen]).sort().values
-        threshold = pooled[min(int(ratio * len(pooled)), len(pooled) - 1)]
-        return {group.name: float((scores[group.name] >= threshold).sum()) for group in chosen}
 
     def _width(self, group: Group, wanted: float, groups: Groups) -> int:
         """The width nearest to `wanted` that is a multiple of the step, the lower of two; the step is at most a quarter of the group."""
@@ -140,6 +151,15 @@ class Channels(Step):
             enough = all(value <= share for value, (share, _) in zip(left(middle), goals, strict=True))
             low, high = (low, middle) if enough else (middle, high)
         return high
+
+
+def _wanted(chosen: list[Group], scores: dict[str, Tensor], ratio: float, allocation: str) -> dict[str, float]:
+    """How many channels each group should keep, before rounding."""
+    if allocation == "uniform" or not chosen:
+        return {group.name: group.size * (1 - ratio) for group in chosen}
+    pooled = torch.cat([scores[group.name] for group in chosen]).sort().values
+    threshold = pooled[min(int(ratio * len(pooled)), len(pooled) - 1)]
+    return {group.name: float((scores[group.name] >= threshold).sum()) for group in chosen}
 
 
 def _keep(

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import StepError
-from ..graph import Graph, layers
-from ..graph.matrix import columns, data, multiplies
+from ..graph import Graph, Layer, layers
+from ..graph.matrix import channel_dim, columns, data, multiplies, to_matrix
 from ..graph.watch import Watch
 from ..task import Task, batch_size, call, first, rows, tensors
 from ..train import arrange
 
 _PIECE = 16  # samples that are pulled at together
+GRAMS = 1 << 29  # bytes of grams that are held at once
 Pull = Callable[[list[Tensor], Any, Any], Sequence[Tensor | None]]  # (floating-point outputs, all outputs, targets) -> gradients
 
 
@@ -28,6 +29,7 @@ class Evidence:
 
     def __init__(self, graph: Graph, task: Task, samples: int = 512):
         self.graph, self.task, self.samples = graph, task, samples
+        self._grams: dict[str, Tensor] = {}
         self.device = next((tensor.device for _, tensor in graph.named_tensors()), torch.device("cpu"))
 
     @cached_property
@@ -68,21 +70,73 @@ class Evidence:
     def powers(self) -> dict[str, Tensor]:
         """For each layer that multiplies a matrix, the sum of squares of each element of its columns [groups, height]."""
         found: dict[str, Tensor] = {}
-        readers: dict[fx.Node, list[Any]] = {}
-        for layer in layers(self.graph):
-            if multiplies(layer):
-                readers.setdefault(data(layer), []).append(layer)
 
-        def see(node: fx.Node, value: Tensor) -> None:
+        def see(layer: Layer, value: Tensor) -> None:
+            for part in columns(layer, value, self.graph.tensor(layer.weight).shape):
+                found[layer.name] = found.get(layer.name, 0) + part.square().sum(2).double()
+
+        self._read([layer for layer in layers(self.graph) if multiplies(layer)], see)
+        return found
+
+    @cached_property
+    def activations(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each channel that such a layer reads: the mean of its absolute values, and the share of them that are not zero [channels]."""
+        sums: dict[str, list[Any]] = {}
+
+        def see(layer: Layer, value: Tensor) -> None:
+            others = [dim for dim in range(value.ndim) if dim != channel_dim(layer) % value.ndim]
+            own = sums.setdefault(layer.name, [0, 0, 0])
+            own[0] += value.abs().sum(others).double()
+            own[1] += (value != 0).sum(others).double()
+            own[2] += value.numel() // value.shape[channel_dim(layer)]
+
+        self._read([layer for layer in layers(self.graph) if multiplies(layer)], see)
+        return {name: (total / count, filled / count) for name, (total, filled, count) in sums.items()}
+
+    def gram(self, layer: Layer) -> Tensor:
+        """The products of a layer's columns with themselves, about their means, summed over the samples [groups, height, height].
+
+        Layers that come next are taken along as far as memory allows: ask in order of execution.
+        """
+        if layer.name not in self._grams:
+            sizes = {other: _gram_bytes(other, self.graph) for other in layers(self.graph) if multiplies(other)}
+            names = [other.name for other in sizes]
+            wanted, left = list[Layer](), GRAMS
+            for other in list(sizes)[names.index(layer.name) :]:
+                left -= sizes[other]
+                if wanted and left < 0:
+                    break
+                wanted.append(other)
+            self._grams = self._sum_grams(wanted)
+        return self._grams[layer.name]
+
+    def _sum_grams(self, wanted: list[Layer]) -> dict[str, Tensor]:
+        sums: dict[str, list[Any]] = {layer.name: [0, 0, 0] for layer in wanted}
+
+        def see(layer: Layer, value: Tensor) -> None:
+            own = sums[layer.name]
+            for x in columns(layer, value, self.graph.tensor(layer.weight).shape):
+                own[0] += (x @ x.transpose(1, 2)).double()
+                own[1] += x.sum(2).double()
+                own[2] += x.shape[2]
+
+        self._read(wanted, see)
+        return {name: gram - total[:, :, None] * total[:, None] / count for name, (gram, total, count) in sums.items()}
+
+    def _read(self, wanted: list[Layer], see: Callable[[Layer, Tensor], None]) -> None:
+        """Shows what these layers read, on calibration data."""
+        readers: dict[fx.Node, list[Layer]] = {}
+        for layer in wanted:
+            readers.setdefault(data(layer), []).append(layer)
+
+        def show(node: fx.Node, value: Tensor) -> None:
             for layer in readers[node]:
-                for part in columns(layer, value, self.graph.tensor(layer.weight).shape):
-                    found[layer.name] = found.get(layer.name, 0) + part.square().sum(2).double()
+                see(layer, value)
 
-        watch = Watch(self.graph.eval(), readers, see)
+        watch = Watch(self.graph.eval(), readers, show)
         with torch.no_grad():
             for inputs, _, _ in self._batches("calibration"):
                 watch(inputs)
-        return found
 
     def _loss(self, outputs: list[Tensor], nested: Any, targets: Any) -> Sequence[Tensor | None]:
         if self.task.loss is None:
@@ -117,3 +171,8 @@ class Evidence:
                 piece = (rows(value, size, begin, end) for value in (inputs, targets))
                 yield *(arrange(value, self.device) for value in piece), end - begin
             left -= size
+
+
+def _gram_bytes(layer: Layer, graph: Graph) -> int:
+    groups, _, height = to_matrix(layer, graph.tensor(layer.weight).detach()).shape
+    return 8 * groups * height * height

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..errors import StepError, near
 from ..graph import Graph, Layer, layers, select
-from ..graph.matrix import from_matrix, multiplies, to_matrix
+from ..graph.matrix import from_matrix, to_matrix
 from ..graph.sparse import sparsify
 from ..task import Task
 from .criteria import CRITERIA, NEEDS
 from .evidence import Evidence
 from .obs import SURGEONS, Choice, restored
-from .recover import Fit, recover
+from .recover import Fit, inputs, recover, refittable
 
 KINDS = ("conv", "linear", "embedding", "rnn")
 
@@ -26,11 +26,6 @@ def criterion_needs(criterion: str | None) -> tuple[str, ...]:
     if criterion is not None and criterion not in known:
         raise StepError(f"There is no criterion {criterion!r}.", f"one of the criteria, such as {near(criterion, known)}")
     return NEEDS.get(criterion or "", ())
-
-
-def calibrated(task: Task) -> bool:
-    """Whether the task has inputs to recover on."""
-    return task.calibration is not None or task.train is not None
 
 
 def maskable(graph: Graph, include: str | Sequence[str], exclude: str | Sequence[str]) -> tuple[list[Layer], dict[str, str]]:
@@ -62,10 +57,11 @@ def mask(graph: Graph, task: Task, choices: Mapping[str, Choice], criterion: str
     When it `recovers` the weights that stay make good, layer by layer, on calibration data.
     """
     evidence, known = Evidence(graph, task, samples), {layer.name: layer for layer in layers(graph)}
+    fitted = {layer.name for layer in refittable(graph)}
     zeros, fits = dict[str, Tensor](), dict[str, Fit]()
     for name, choice in choices.items():
         layer = known[name]
-        refits = recovers and multiplies(layer) and sum(other.weight == layer.weight for other in known.values()) == 1
+        refits = recovers and name in fitted
         if refits and criterion in SURGEONS:
             fits[name] = _surgeon(criterion, choice)
             continue
@@ -80,7 +76,7 @@ def mask(graph: Graph, task: Task, choices: Mapping[str, Choice], criterion: str
         shape = graph.tensor(known[name].weight).shape
         sparsify(graph, known[name].weight, from_matrix(known[name], zero, shape))
     if recovers:
-        recover(graph, original, task, samples, fits, lambda node, value: value)
+        recover(graph, original, inputs(task, samples, graph, original), fits, lambda node, value: value)
     for name in fits:
         sparsify(graph, known[name].weight, graph.tensor(known[name].weight).detach() == 0)
 

@@ -16,8 +16,9 @@ from ..graph.matrix import to_matrix
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .criteria import CRITERIA
-from .masks import calibrated, criterion_needs, mask, maskable
+from .masks import criterion_needs, mask, maskable
 from .obs import SURGEONS, Choice
+from .recover import calibrated
 from .weights import lowest
 
 

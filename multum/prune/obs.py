@@ -29,7 +29,7 @@ class Choice:
 
 def obs(weight: Tensor, gram: Tensor, pull: Tensor, choice: Choice, rounds: int = 8) -> Tensor:
     """In rounds, the cheapest by w^2 / [H^-1]_qq go, the others make good (Hassibi & Stork 1993, section 2; by layer: Dong et al. 2017)."""
-    diagonal = _inverse(gram).diagonal(dim1=1, dim2=2)[:, None]
+    diagonal = inverse(gram).diagonal(dim1=1, dim2=2)[:, None]
     result = weight
     for done in range(1, rounds + 1):
         zero = choice.choose(result.double().square() / diagonal, slice(0, weight.shape[2]), done / rounds)
@@ -39,9 +39,9 @@ def obs(weight: Tensor, gram: Tensor, pull: Tensor, choice: Choice, rounds: int 
 
 def sparsegpt(weight: Tensor, gram: Tensor, pull: Tensor, choice: Choice, block: int = 128) -> Tensor:
     """Goes through the columns once; what goes in one is made good by those to its right (Frantar & Alistarh 2023, algorithm 1)."""
-    inverse, block = _inverse(gram), choice.unit * max(1, block // choice.unit)
-    work = weight.double() + pull.double() @ inverse  # the best weights without zeros: what the algorithm then takes from
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    whole, block = inverse(gram), choice.unit * max(1, block // choice.unit)
+    work = weight.double() + pull.double() @ whole  # the best weights without zeros: what the algorithm then takes from
+    upper = torch.linalg.cholesky(whole, upper=True)
     for begin in range(0, work.shape[2], block):
         end = min(begin + block, work.shape[2])
         here, corner = work[:, :, begin:end], upper[:, begin:end, begin:end]
@@ -81,7 +81,8 @@ def restored(weight: Tensor, gram: Tensor, zero: Tensor, pull: Tensor) -> Tensor
     return new.to(weight.dtype)
 
 
-def _inverse(gram: Tensor) -> Tensor:
+def inverse(gram: Tensor) -> Tensor:
+    """The inverse of a damped gram."""
     return torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram)))
 
 

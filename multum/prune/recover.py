@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import Graph, Layer, layers
+from ..graph.axes import Keep, axes
 from ..graph.matrix import data, from_matrix, multiplies, pairs, to_matrix
 from ..graph.model import aten, read
 from ..graph.sweep import Sweep, live_bytes
 from ..task import Task, batch_size, calibration, rows
+from .deviation import Deviation
+from .obs import restored
 
 MEMORY = 1 << 29  # bytes of results that are held at once; less samples are taken where they do not fit
 
@@ -36,14 +40,13 @@ Fit = Callable[[Tensor, Errors], Tensor]  # a layer's matrix [groups, outputs, h
 
 
 def recover(
-    graph: Graph, original: Graph, task: Task, samples: int, fits: Mapping[str, Fit], select: Callable[[fx.Node, Any], Any]
+    graph: Graph, original: Graph, batches: Sequence[Any], fits: Mapping[str, Fit], select: Callable[[fx.Node, Tensor], Tensor]
 ) -> None:
-    """Refits the weights of these layers, and the statistics of every batch norm, each seeing what those before it now make.
+    """Refits the weights of these layers, and moves the statistics of every batch norm, each seeing what those before it now make.
 
     `original` has operators of the same names; `select` gives of a result in it what the graph still has.
     """
-    batches = list(_batches(task, samples, live_bytes(graph) + live_bytes(original)))
-    known = {layer.node: layer for layer in layers(graph) if layer.name in fits and multiplies(layer)}
+    known = {layer.node: layer for layer in layers(graph) if layer.name in fits}
     new, old = Sweep(graph, batches), Sweep(original, batches)
     twins = iter(old)
     for node in new:
@@ -52,7 +55,74 @@ def recover(
             wanted = [select(twin, value) for value in old.run(twin)]
             _refit(graph, known[node], new, wanted, fits[known[node].name])
         elif node.target is aten.batch_norm.default:
-            _restate(graph, node, new)
+            source, target = node.all_input_nodes[0], twin.all_input_nodes[0]
+            _restate(graph, node, new.values[source], [select(target, value) for value in old.values[target]])
+
+
+def recover_cut(graph: Graph, original: Graph, keep: Keep, task: Task, samples: int) -> dict[str, Any]:
+    """The same after `surgery.cut(graph, keep)`: the layers that read what was cut are fitted to what they gave in `original`.
+
+    A quarter of the samples judges: where all weights do worse than none, only biases and statistics are set, or nothing at all.
+    Returns which it was, and how far the outputs were off before and are after.
+    """
+    groups, batches = axes(original), inputs(task, samples, graph, original)
+    readers = {name for cut in keep for name in groups[cut].consumers}
+    fitted = {layer.name for layer in refittable(graph)} & readers
+
+    def select(node: fx.Node, value: Tensor) -> Tensor:
+        for dim, axis in enumerate(groups.results[node]):
+            if groups.size(axis, keep) != axis.size:
+                value = value.index_select(dim, groups.mask(axis, keep).nonzero().flatten().to(value.device))
+        return value
+
+    parts = [
+        (rows(batch, size, 0, size - size // 4), rows(batch, size, size - size // 4, size))
+        for batch in batches
+        if (size := batch_size(batch))
+    ]
+    deviation = Deviation(original, [held for _, held in parts if batch_size(held)] or batches)
+    before = deviation(graph)
+    kept = {name: value.detach().clone() for name, value in graph.named_tensors()}
+    for way, fit in _WAYS.items():
+        recover(graph, original, [own for own, _ in parts], dict.fromkeys(fitted, fit), select)
+        if (after := deviation(graph)) < before:
+            return {"recovery": way, "off_before": before, "off_after": after}
+        for name, value in kept.items():
+            graph.set_tensor(name, value)
+    return {"recovery": "none", "off_before": before, "off_after": before}
+
+
+def calibrated(task: Task) -> bool:
+    """Whether the task has inputs to recover on."""
+    return task.calibration is not None or task.train is not None
+
+
+def refittable(graph: Graph) -> list[Layer]:
+    """The layers whose weights can be fitted: they multiply a matrix that nobody else uses."""
+    known = layers(graph)
+    uses = Counter(layer.weight for layer in known)
+    return [layer for layer in known if multiplies(layer) and uses[layer.weight] == 1]
+
+
+def inputs(task: Task, samples: int, *graphs: Graph) -> list[Any]:
+    """Inputs of calibration samples, as many as fit in memory when all results of these graphs are held for each."""
+    left, found = max(1, min(samples, MEMORY // max(1, sum(map(live_bytes, graphs))))), []
+    for batch in calibration(task, left):
+        size = batch_size(batch)
+        found.append(rows(batch, size, 0, left) if size > left else batch)
+        left -= size
+    return found
+
+
+def _least_squares(matrix: Tensor, errors: Errors) -> Tensor:
+    return restored(matrix, errors.gram, torch.zeros_like(matrix, dtype=torch.bool), errors.pull)
+
+
+def _unchanged(matrix: Tensor, errors: Errors) -> Tensor:
+    return matrix
+
+
+_WAYS: dict[str, Fit] = {"least squares": _least_squares, "biases and statistics": _unchanged}
 
 
 def _refit(graph: Graph, layer: Layer, sweep: Sweep, wanted: list[Tensor], fit: Fit) -> None:
@@ -85,29 +155,27 @@ def _sums(of: tuple[Layer, torch.Size], values: list[Tensor], missing: list[Tens
     return Errors(gram, pull, inputs, outputs)
 
 
-def _restate(graph: Graph, node: fx.Node, sweep: Sweep) -> None:
-    """Sets the statistics of a batch norm to those of what it reads now."""
-    mean, variance = (read(node, name) for name in ("running_mean", "running_var"))
-    values = sweep.values[node.args[0]]  # type: ignore[index]
-    if not all(isinstance(part, fx.Node) and part.op == "get_attr" for part in (mean, variance)):
+def _restate(graph: Graph, node: fx.Node, values: list[Tensor], wanted: list[Tensor]) -> None:
+    """Moves the statistics of a batch norm by as much as those of what it reads moved from what it should read."""
+    names = [str(part.target) for name in ("running_mean", "running_var") if isinstance(part := read(node, name), fx.Node)]
+    if len(names) < 2 or any(name not in dict(graph.named_tensors()) for name in names):
         return
+    (mean, variance), (centre, spread) = _moments(values), _moments(wanted)
+    old = [graph.tensor(name).double() for name in names]
+    now = (old[0] + mean - centre, old[1] * torch.where(spread > 0, variance / spread.clamp_min(1e-30), 1))
+    for name, value in zip(names, now, strict=True):
+        graph.set_tensor(name, value.to(graph.tensor(name).dtype))
+
+
+def _moments(values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel."""
     others = [dim for dim in range(values[0].ndim) if dim != 1]
     count = sum(value[:, 0].numel() for value in values)
-    centre = sum(value.double().sum(others) for value in values) / count
+    centre = torch.stack([value.double().sum(others) for value in values]).sum(0) / count
     shape = [-1 if dim == 1 else 1 for dim in range(values[0].ndim)]
-    spread = sum((value.double() - centre.reshape(shape)).square().sum(others) for value in values) / max(count - 1, 1)
-    for part, value in ((mean, centre), (variance, spread)):
-        graph.set_tensor(str(part.target), value.to(graph.tensor(str(part.target)).dtype))
+    squares = torch.stack([(value.double() - centre.reshape(shape)).square().sum(others) for value in values]).sum(0)
+    return centre, squares / count
 
 
 def _feeds_norm(node: fx.Node) -> bool:
     return [user.target for user in node.users] == [aten.batch_norm.default]
-
-
-def _batches(task: Task, samples: int, each: int) -> Iterator[Any]:
-    """Inputs of calibration samples, as many as fit in memory when one needs so many bytes."""
-    left = max(1, min(samples, MEMORY // max(each, 1)))
-    for inputs in calibration(task, left):
-        size = batch_size(inputs)
-        yield rows(inputs, size, 0, left) if size > left else inputs
-        left -= size

@@ -16,8 +16,9 @@ from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .criteria import CRITERIA, LAYERWISE
 from .evidence import Evidence
-from .masks import calibrated, criterion_needs, mask, maskable
+from .masks import criterion_needs, mask, maskable
 from .obs import SURGEONS, Choice
+from .recover import calibrated
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def _rung(task: Task, share: float, bits: float, integer: bool) -> Rung:
 def _steps(share: float, bits: float, integer: bool, trains: bool, codes: bool) -> Iterator[Step]:
     """Weights are rounded first and recovered while activations are still exact, which trains faster; activations come last."""
     if share:
-        yield Channels(ratio=share)
+        yield Channels(ratio=share, criterion="magnitude", recover=False)  # every rung is built: what takes seconds has to do
         if trains:
             yield Logits(epochs=1.0 if share > 0.3 else 0.5)
     if codes:

@@ -15,7 +15,6 @@ import multum
 from multum import Recipe, Task, compress, distill, prune, quantize
 from multum.errors import StepError
 from multum.export import to_onnx_bytes, verify
-from multum.prune import recover
 from multum.prune.criteria import CRITERIA
 from multum.prune.evidence import Evidence
 from multum.prune.obs import SURGEONS
@@ -111,12 +110,6 @@ def test_recovery_brings_the_outputs_nearer(task: Task, criterion: str) -> None:
 
     with torch.no_grad():
         assert error(criterion=criterion) < 0.5 * error(criterion="l1", recover=False)
-
-
-def test_a_sample_more_than_fits_in_memory_is_not_taken(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    for samples, memory, wanted in ((20, 1 << 29, [16, 4]), (64, 10, [10]), (64, 0, [1])):
-        monkeypatch.setattr(recover, "MEMORY", memory)
-        assert [len(batch) for batch in recover._batches(task, samples, 1)] == wanted
 
 
 class Tied(nn.Module):
