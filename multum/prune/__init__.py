@@ -1,7 +1,9 @@
 """Pruning: what is cut out for good, and what is set to zero."""
 
 from .channels import Channels
+from .gradual import Gradual
 from .nm import NM
+from .rewind import Rewind
 from .weights import Weights
 
-__all__ = ["NM", "Channels", "Weights"]
+__all__ = ["NM", "Channels", "Gradual", "Rewind", "Weights"]
