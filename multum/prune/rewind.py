@@ -29,9 +29,9 @@ class Rewind(Step):
 
     def plan(self, graph: Graph, task: Task) -> Plan:
         values, changes, skipped = self._values(task), dict[str, dict[str, Any]](), dict[str, str]()
-        if not graph.sparse:
-            raise StepError("No weight was set to zero.", "a pruned network", "put prune.Weights or prune.Gradual before")
         zero = set(sparse_weights(graph))
+        if not zero:
+            return Plan({}, {"*": "no weight was set to zero; prune.Weights or prune.Gradual comes before"})
         for name, now in graph.named_tensors():
             if name not in values:
                 skipped[name] = "the checkpoint does not have it"

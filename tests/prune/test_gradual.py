@@ -162,7 +162,7 @@ def test_rewinding_gives_the_old_values_to_what_is_left(tmp_path: Path) -> None:
 
 
 def test_rewinding_says_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(StepError, match="No weight was set to zero"):
+    with pytest.raises(StepError, match="no weight was set to zero"):
         compress(task(), Rewind())
     with pytest.raises(StepError, match="cannot be read"):
         compress(task(), Recipe([Weights(ratio=0.5, recover=False), Rewind(checkpoint=str(tmp_path / "none"))]))
