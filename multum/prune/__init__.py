@@ -2,8 +2,10 @@
 
 from .channels import Channels
 from .gradual import Gradual
+from .heads import Heads
+from .neurons import Neurons
 from .nm import NM
 from .rewind import Rewind
 from .weights import Weights
 
-__all__ = ["NM", "Channels", "Gradual", "Rewind", "Weights"]
+__all__ = ["NM", "Channels", "Gradual", "Heads", "Neurons", "Rewind", "Weights"]
