@@ -12,13 +12,17 @@ import multum
 from multum.distill import Logits
 from multum.errors import StepError
 from multum.pack import describe
-from multum.prune import NM, Channels, Gradual, Rewind, Weights
+from multum.prune import NM, Channels, Gradual, Heads, Neurons, Rewind, Weights
 from multum.quantize import Half, RateDistortion, Static, WeightOnly
 from multum.step import methods
+from multum.task import call, logits
+from multum.testing.conformance import task as attentive
 
 SHORT = {
     "prune.Channels": Channels(ratio=0.25),
     "prune.Gradual": Gradual(ratio=0.5, epochs=0.2),
+    "prune.Heads": Heads(),
+    "prune.Neurons": Neurons(),
     "prune.NM": NM(samples=16),
     "prune.Rewind": Rewind(),
     "prune.Weights": Weights(samples=16),
@@ -33,6 +37,7 @@ LOADER = textwrap.dedent("""
     import builtins, sys
     import torch
     import multum
+    from multum.task import call, logits
 
     folder, names = sys.argv[1], sys.argv[2:]
     x = torch.load(f"{folder}/x.pt", weights_only=True)
@@ -47,7 +52,7 @@ LOADER = textwrap.dedent("""
     y = {}
     with torch.no_grad():
         for name in names:
-            y[name] = multum.load(f"{folder}/{name}.mip")(x)
+            y[name] = logits(call(multum.load(f"{folder}/{name}.mip"), x))
     pickle.load, pickle.loads = kept
     torch.save(y, f"{folder}/y.pt")
 """)
@@ -63,7 +68,15 @@ SOME = PAIRS[:: -(-len(PAIRS) // 50)]
 
 @pytest.mark.parametrize("pairs", [SOME, pytest.param(PAIRS, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_a_fresh_process_gives_the_same_outputs(task, tmp_path, pairs):
-    recipes = [(step,) for step in SHORT.values()] + list(pairs)
+    load_elsewhere(task, [(step,) for step in SHORT.values()] + list(pairs), tmp_path, 15)
+
+
+def test_so_do_those_that_need_attention(tmp_path):
+    pytest.importorskip("transformers")
+    load_elsewhere(attentive("vit"), [(Heads(),), (Neurons(), Static()), (Heads(), Neurons(), Half())], tmp_path, 3)
+
+
+def load_elsewhere(task, recipes, tmp_path, least):
     x = task.validation[0][0]
     expected, refused = {}, 0
     for steps in recipes:
@@ -75,8 +88,8 @@ def test_a_fresh_process_gives_the_same_outputs(task, tmp_path, pairs):
         name = "_".join(step.name() for step in steps)
         multum.save(result, tmp_path / f"{name}.mip", task)
         with torch.no_grad():
-            expected[name] = result.graph(x)
-    assert len(expected) >= 15
+            expected[name] = logits(call(result.graph, x))
+    assert len(expected) >= least
     assert refused + len(expected) == len(recipes)
     torch.save(x, tmp_path / "x.pt")
     (tmp_path / "loader.py").write_text(LOADER)
@@ -86,7 +99,10 @@ def test_a_fresh_process_gives_the_same_outputs(task, tmp_path, pairs):
         torch.testing.assert_close(loaded[name], y, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("step", [step for step in SHORT.values() if step != Rewind()], ids=str)  # which needs zeros
+OTHERS = (Rewind(), Heads(), Neurons())  # need zeros, or attention
+
+
+@pytest.mark.parametrize("step", [step for step in SHORT.values() if step not in OTHERS], ids=str)
 def test_the_file_says_how_it_was_made(task, step, tmp_path):
     multum.save(multum.compress(task, step), tmp_path / "model.mip", task)
     told = describe(tmp_path / "model.mip")
