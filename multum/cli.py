@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .errors import ExportError, FileError, MultumError, StepError, near
+from .errors import ExportError, FileError, MultumError, StepError, TaskError, near
 
 if TYPE_CHECKING:
     from .search import Outcome
@@ -53,16 +53,31 @@ Out = Annotated[Path, typer.Option("--out", help="the folder for the result")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout and nothing else there")]
 
 
-@app.command(epilog="Example: `multum analyze examples/fashion_mnist/task.py`")
-def analyze(task: TaskRef, as_json: AsJson = False) -> None:
-    """Where a model's parameters, MACs, bytes and milliseconds are, layer by layer."""
+@app.command(epilog="Examples: `multum analyze task.py`, `multum analyze --size out/model.mip task.py`")
+def analyze(
+    task: Annotated[str | None, typer.Argument(metavar="TASK", help="path.py, path.py:function or package.module:function")] = None,
+    size: Annotated[Path | None, typer.Option("--size", metavar="FILE", help="a .mip file: its bytes instead, beside their bounds")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Where a model's parameters, MACs, bytes and milliseconds are, layer by layer.
+
+    With `--size`: what each tensor of a file takes, its entropy, and, next to the original in TASK, the least that it could take.
+    """
     from .analyze import analyze as analyze_task
     from .report import terminal
     from .task import load_task
 
+    if task is None and size is None:
+        raise TaskError("There is nothing to analyze.", "a TASK, or --size FILE", "multum analyze --help")
     with _working():
-        found = analyze_task(load_task(task)).to_data()
-    _show(found, as_json, lambda: terminal.analysis(found))
+        loaded = None if task is None else load_task(task)
+        if size is not None:
+            from .pack import limits
+
+            found = limits(size, loaded.original if loaded else None).to_data()
+        elif loaded is not None:
+            found = analyze_task(loaded).to_data()
+    _show(found, as_json, lambda: terminal.analysis(found) if size is None else terminal.limits(found))
 
 
 @app.command(epilog="Example: `multum compress examples/fashion_mnist/task.py --size 1/10 --max-drop 0.5 --out out/`")

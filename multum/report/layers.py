@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,19 @@ def bars(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ]
         found.append({"key": key, "title": title, "rows": drawn})
     return found
+
+
+def limit_bars(found: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The largest tensors that have a bound: coded size, entropy and bound, in percent of the longest, and bits per number in words."""
+    rows = [row for row in (found or {}).get("tensors", ()) if row["bound"] is not None and row["entropy"] is not None]
+    largest = sorted(rows, key=lambda row: -row["bytes"])[:MOST]
+    longest = max((max(row["bytes"], row["entropy"], row["bound"]) for row in rows), default=1)
+    drawn = []
+    for row in (row for row in rows if row in largest):
+        sizes = row["bytes"], row["entropy"], row["bound"]
+        bits = " / ".join(f"{8 * value / math.prod(row['shape']):.2f}" for value in sizes)
+        drawn.append({"name": row["name"], "lengths": [100 * value / longest for value in sizes], "text": bits})
+    return drawn
 
 
 def _value(side: dict[str, Any] | None, key: str) -> float:

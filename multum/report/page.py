@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
-from .layers import bars
+from .layers import bars, limit_bars
 from .plot import tradeoff
 from .words import amount, duration, size, spread, statistics, steps, tiles
 
@@ -41,6 +41,8 @@ def report(folder: str | Path) -> Path:
             plot=tradeoff(result, candidates["candidates"]),
             failed=[row for row in candidates["candidates"] if row.get("error")],
             bars=bars(result["layers"]),
+            limits=result.get("limits"),
+            limit_bars=limit_bars(result.get("limits")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileError(f"The result in {folder} is damaged ({type(error).__name__}: {error}).", "files as a search leaves them") from error

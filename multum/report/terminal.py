@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,37 @@ def analysis(found: Mapping[str, Any]) -> RenderableType:
     table.add_row(Text("total", "bold"), "", *_measures(found["total"]))
     notes = [Text(f"not counted: {name}: {reason}", "dim") for name, reason in found["uncounted"].items()]
     return Group(table, *notes)
+
+
+def limits(found: Mapping[str, Any]) -> RenderableType:
+    """What each tensor of a file takes, beside its entropy and the bound."""
+    from rich.console import Group
+    from rich.text import Text
+
+    table = _table("tensor", "stored as", ">bytes", ">bits each", ">entropy", ">Gaussian", ">bound", ">distortion")
+    small = [row for row in found["tensors"] if row["entropy"] is None and row["bound"] is None]
+    for row in found["tensors"]:
+        if row in small:
+            continue
+        shape = "x".join(map(str, row["shape"]))
+        bits = [_bits(row[key], row["shape"]) for key in ("bytes", "entropy", "gaussian", "bound")]
+        error = "" if row["distortion"] is None else f"{row['distortion']:.4f}"
+        table.add_row(row["name"], f"{row['dtype']} {shape}", f"{row['bytes']:,}", *bits, error)
+    table.add_section()
+    total, known = found["total"], found["total"]["numbers"]
+    if known:
+        cells = [_bits(total[key], [known]) for key in ("bytes", "entropy", "gaussian", "bound")]
+        table.add_row(Text("those with a bound", "bold"), "", f"{total['bytes']:,}", *cells, "")
+    table.add_row("other tensors", "", f"{found['rest']:,}")
+    table.add_row("graph, names, records", "", f"{found['header']:,}")
+    table.add_row(Text("file", "bold"), "", f"{found['bytes']:,}")
+    note = f"{len(small)} tensors in floating point are not listed. " if small else ""
+    note += "Bits each: for each number. The bound holds for independent numbers at this distortion (mean squared error over variance)."
+    return Group(table, Text(note if known else f"{note} It needs the original: give the TASK too.", "dim"))
+
+
+def _bits(count: float | None, shape: Sequence[int]) -> str:
+    return "" if count is None else f"{8 * count / max(1, math.prod(shape)):.3f}"
 
 
 def times(rows: Iterable[Mapping[str, Any]], verdict: str) -> RenderableType:

@@ -18,7 +18,7 @@ from .. import __version__
 from ..analyze import Analysis, Row, analyze
 from ..analyze.statistics import Drop
 from ..graph import Graph
-from ..pack import load, sizes
+from ..pack import limits, load, sizes
 from ..runtime import Session
 from ..runtime.benchmark import Timing
 from .evaluate import Candidate, Scores, Workshop, writing
@@ -106,6 +106,7 @@ def finish(
         "recipe": chosen.recipe.to_data(),
         "records": chosen.records,
         "layers": _layers(profiles, sizes(chosen.model)),
+        "limits": limits(chosen.model, task.original).to_data(),
         "candidates": len(candidates),
         "files": FILES | {"report": "report.html"},
         "machine": times.measured.machine,

@@ -239,3 +239,18 @@ def test_an_onnx_file_is_packed_and_unpacked(finished: Finished, tmp_path: Path)
     assert json.loads(again.stdout) == {"path": str(tmp_path / "back.onnx"), "bytes": source.stat().st_size}
     assert (tmp_path / "back.onnx").read_bytes() == source.read_bytes()
     assert "smaller" in multum("pack", source, tmp_path / "other.mip").stdout
+
+
+def test_the_bytes_of_a_file_are_shown_beside_their_bounds(finished: Finished, task_file: Path) -> None:
+    found = json.loads(multum("analyze", "--size", finished.out / "model.mip", task_file, "--json").stdout)
+    assert found == finished.result["limits"]
+    assert 0 < found["total"]["bound"] < found["total"]["bytes"] < found["bytes"]
+
+    def shown(*more: object) -> str:
+        return " ".join(multum("analyze", "--size", finished.out / "model.mip", *more).stdout.split())
+
+    readable, alone = shown(task_file), shown()
+    assert "Gaussian" in readable
+    assert "The bound holds for independent numbers" in readable
+    assert "give the TASK too" in alone
+    assert "How far from the limit" in (finished.out / "report.html").read_text()
