@@ -23,8 +23,9 @@ def correct_biases(graph: Graph, original: Graph, names: Container[str], task: T
     Both graphs have layers of the same names. The shift is averaged over the batches, and every layer sees what the corrected
     ones before it make: one pass does, in the memory of one batch. Returns the largest shift in each layer.
     """
-    wanted = {layer.node: layer for layer in _correctable(graph) if layer.name in names}
+    wanted = {layer.node: layer for layer in correctable(graph) if layer.name in names}
     biases = {node: give_bias(graph, layer) for node, layer in wanted.items()}
+    graph.recompile()
     places = {layer.name: layer.node for layer in layers(original)}
     before = {name: graph.tensor(name).detach().clone() for name in biases.values()}
     means: dict[fx.Node, Tensor] = {}
@@ -44,7 +45,7 @@ def correct_biases(graph: Graph, original: Graph, names: Container[str], task: T
     return {layer.name: float((graph.tensor(biases[node]).detach() - before[biases[node]]).abs().max()) for node, layer in wanted.items()}
 
 
-def _correctable(graph: Graph) -> list[Layer]:
+def correctable(graph: Graph) -> list[Layer]:
     """Convolutions, and linear layers with one row for each sample, that share their bias with no other layer.
 
     The mean over tokens says little: padding counts in it, and inputs from a layer normalization have a mean near zero.

@@ -16,7 +16,7 @@ from ..step import Plan, Stage, Step, option
 from ..task import Task
 from ..train import entropy
 from .grid import SMALLEST_SCALE
-from .weight_only import check_bits, choose, quantize_weights, weight_entries
+from .weight_only import check_bits, choose, round_weights, weight_entries
 
 LEVELS = 5  # bits of the grid, -15..15: at the rates asked for here, larger integers hardly occur
 MOST = 4.0  # bits of entropy; beyond, the grid clips
@@ -57,8 +57,7 @@ class RateDistortion(Step):
         return Plan({layer.name: entry for layer, entry in entries.items()}, skipped)
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
-        quantize_weights(graph, plan)
-        graph.recompile()
+        round_weights(graph, graph, plan, task, 0)
         return {}
 
 

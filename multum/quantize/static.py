@@ -17,7 +17,7 @@ from .grid import affine, unsigned
 from .insert import quantize_values
 from .observers import OBSERVERS, observe
 from .placement import Placement, place
-from .weight_only import check_bits, choose, quantize_weights, weight_entries
+from .weight_only import ROUNDING, check_bits, check_rounding, choose, round_weights, weight_entries
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ class Static(Step):
     edges: int = option(8, "least bits of the weights of the first and the last layer")
     observer: str = option("mse", "how ranges are found: mse, percentile or minmax")
     samples: int = option(256, "calibration samples that are looked at")
+    rounding: str = option("auto", ROUNDING)
     bias_correction: bool = option(True, "shift biases so that rounding leaves the mean outputs as they were")
     include: str | tuple[str, ...] = option("*", "glob patterns of layers")
     exclude: str | tuple[str, ...] = option((), "glob patterns of layers to leave in float")
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, self.edges, self.activation_bits)
+        check_rounding(self.rounding)
         if self.observer not in OBSERVERS:
             raise StepError(f"quantize.Static: observer is {self.observer!r}.", f"one of {', '.join(OBSERVERS)}")
         if self.samples < 1:
@@ -57,7 +59,7 @@ class Static(Step):
             ranges = [OBSERVERS[self.observer](histograms[value], grid) for value in roots if roots[value] is root]
             scale, zero = affine(min(low for low, _ in ranges), max(high for _, high in ranges), grid)
             parameters[root] = {"value": root.name, "bits": self.activation_bits, "scale": scale, "zero_point": zero}
-        changes = _changes(chosen, placement, parameters, weight_entries(chosen, self.weight_bits, self.edges))
+        changes = _changes(chosen, placement, parameters, weight_entries(chosen, self.weight_bits, self.edges, self.rounding))
         skipped |= {name: "its weight is quantized already" for name, change in changes.items() if not change}
         return Plan({name: change for name, change in changes.items() if change}, skipped)
 
@@ -66,11 +68,10 @@ class Static(Step):
         original = graph.copy()
         entries = [entry for change in plan.changes.values() for entry in change.values() if "value" in entry]
         quantize_values(graph, placement, {entry["value"]: entry for entry in entries})
-        quantize_weights(graph, plan)
-        graph.recompile()
-        if not self.bias_correction:
-            return {}
-        return {"bias_shifts": correct_biases(graph, original, plan.changes, task, self.samples)}
+        measured: dict[str, Any] = {"rounding": round_weights(graph, original, plan, task, self.samples)}
+        if self.bias_correction:
+            measured["bias_shifts"] = correct_biases(graph, original, plan.changes, task, self.samples)
+        return measured
 
     def _prepare(self, graph: Graph, task: Task) -> tuple[list[Layer], dict[str, str], Placement]:
         """Changes the float network into an equal one that is quantized well, and says what of it to quantize."""

@@ -1,4 +1,4 @@
-"""`WeightOnly`: weights on a grid, activations in float. Needs no data."""
+"""`WeightOnly`: weights on a grid, activations in float. Works without data, better with."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from ..graph import Graph, Layer, layers, select
 from ..graph.layers import weight
 from ..step import Plan, Stage, Step, option
 from ..task import Task
+from .bias import correct_biases
 from .insert import quantize_weight
+from .integers import choose_integers
+from .rounding import ROUNDINGS
 
+ROUNDING = "auto, nearest, gptq, adaround or energy; auto is gptq up to 6 bits if there are data, else nearest"
+_COARSE = 6  # bits up to which it pays
 KINDS = ("conv", "linear", "embedding", "rnn")
 
 
@@ -26,23 +31,32 @@ class WeightOnly(Step):
 
     bits: int = option(8, "bits of a weight, 2 to 8")
     edges: int = option(8, "least bits of the first and the last layer")
+    rounding: str = option("auto", ROUNDING)
+    samples: int = option(256, "calibration samples that are looked at when data choose the integers")
     include: str | tuple[str, ...] = option("*", "glob patterns of layers")
     exclude: str | tuple[str, ...] = option((), "glob patterns of layers to leave in float")
 
     def __post_init__(self) -> None:
         check_bits(self.bits, self.edges)
+        check_rounding(self.rounding)
 
     def plan(self, graph: Graph, task: Task) -> Plan:
         chosen, skipped = choose(graph, self.include, self.exclude)
         for layer in chosen:
             if layer.quantizer() is not None:
                 raise StepError(f"The layer {layer.name!r} is quantized already.", "each layer quantized once", f"exclude {layer.name!r}")
-        return Plan({layer.name: entry for layer, entry in weight_entries(chosen, self.bits, self.edges)}, skipped)
+        has_data = task.calibration is not None or task.train is not None
+        if not has_data and self.rounding not in ("auto", "nearest"):
+            raise StepError(
+                f"The rounding {self.rounding!r} looks at data, of which the task {task.name!r} has none.", "Task(..., calibration=...)"
+            )
+        entries = weight_entries(chosen, self.bits, self.edges, self.rounding if has_data else "nearest")
+        return Plan({layer.name: entry for layer, entry in entries}, skipped)
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
-        quantize_weights(graph, plan)
-        graph.recompile()
-        return {}
+        original = graph.copy()
+        found = round_weights(graph, original, plan, task, self.samples)
+        return {"rounding": found, "bias_shifts": correct_biases(graph, original, found, task, self.samples)} if found else {}
 
 
 def choose(graph: Graph, include: str | tuple[str, ...], exclude: str | tuple[str, ...]) -> tuple[list[Layer], dict[str, str]]:
@@ -69,18 +83,36 @@ def check_bits(*numbers: int) -> None:
             raise StepError(f"{bits} bits are asked for.", "2 to 8 bits")
 
 
-def weight_entries(chosen: list[Layer], bits: int, edges: int) -> list[tuple[Layer, dict[str, Any]]]:
+def check_rounding(method: str) -> None:
+    """Raises StepError for a rounding that is not known."""
+    if method not in ("auto", *ROUNDINGS):
+        raise StepError(f"The rounding is {method!r}.", f"one of auto, {', '.join(ROUNDINGS)}")
+
+
+def weight_entries(chosen: list[Layer], bits: int, edges: int, rounding: str = "nearest") -> list[tuple[Layer, dict[str, Any]]]:
     """What is planned for the weight of each layer; nothing where it is on a grid already."""
     ends = {layer.weight for layer in (chosen[:1] + chosen[-1:])}
-    bits_of = {layer: max(bits, edges) if layer.weight in ends else bits for layer in chosen}
-    return [(layer, {} if layer.quantizer() else {"weight": {"bits": bits_of[layer], "axis": layer.scale_axis}}) for layer in chosen]
+    hidden = {layer.weight for layer in chosen if layer.kind not in ("conv", "linear")}  # what multiplies them is not seen
+    found = []
+    for layer in chosen:
+        entry: dict[str, Any] = {"bits": max(bits, edges) if layer.weight in ends else bits, "axis": layer.scale_axis}
+        method = ("gptq" if entry["bits"] <= _COARSE else "nearest") if rounding == "auto" else rounding
+        if method != "nearest" and layer.weight not in hidden:
+            entry["rounding"] = method
+        found.append((layer, {} if layer.quantizer() else {"weight": entry}))
+    return found
 
 
-def quantize_weights(graph: Graph, plan: Plan) -> None:
-    """Puts the planned quantizers on the weights; a tensor that several layers use gets one."""
+def round_weights(graph: Graph, original: Graph, plan: Plan, task: Task, samples: int) -> dict[str, dict[str, float]]:
+    """Puts the planned quantizers on the weights; a tensor that several layers use gets one. Returns what data had to say, by layer."""
+    entries = {name: change["weight"] for name, change in plan.changes.items() if "weight" in change}
     done = set[str]()
     for layer in layers(graph):
-        entry = plan.changes.get(layer.name, {})
-        if "weight" in entry and layer.weight not in done:
-            quantize_weight(graph, layer, entry["weight"]["bits"], entry["weight"].get("scale"))
+        entry = entries.get(layer.name)
+        if entry and "rounding" not in entry and layer.weight not in done:
+            quantize_weight(graph, layer, entry["bits"], entry.get("scale"))
             done.add(layer.weight)
+    chosen = {name: entry for name, entry in entries.items() if "rounding" in entry}
+    found = choose_integers(graph, original, chosen, task, samples) if chosen else {}
+    graph.recompile()
+    return found
