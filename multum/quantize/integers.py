@@ -11,30 +11,35 @@ from torch import Tensor
 
 from ..graph import Graph, Layer, layers
 from ..graph.file import from_integers, grid
+from ..graph.fuse import give_bias
 from ..graph.layers import source
 from ..graph.model import read
 from ..task import Task
 from .bias import correctable
 from .grid import SMALLEST_SCALE
 from .insert import quantize_weight
-from .moments import Moments, as_rows, from_rows, gather
+from .moments import TRANSPOSED, Moments, as_rows, from_rows, gather
 from .rounding import ROUNDINGS, Problem, descend, gptq, nearest
 
 _STAGES = 12  # passes over the data at the most; the layers of one stage see each other's weights as they were
 _DAMPING = 0.01  # of the mean of H's diagonal, added to it: what little data say nothing about
+_AT_ONCE = 1 << 24  # weights, for all candidates that are tried together
 _PARTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of the scale that clips nothing, tried in turn
 
 
-def choose_integers(graph: Graph, original: Graph, plan: Mapping[str, Any], task: Task, samples: int) -> dict[str, dict[str, float]]:
+def choose_integers(
+    graph: Graph, original: Graph, plan: Mapping[str, Any], task: Task, samples: int, biases: bool = True
+) -> dict[str, dict[str, float]]:
     """Puts weights on grids, integers and scales chosen so that the outputs are as in `original`; in place.
 
+    With `biases` the mean of the outputs is left to the biases, which are shifted at once, so that the layers after meet what they will.
     `plan` has the entry of each weight, {"bits": ..., "rounding": ...}, by the layer's name; both graphs have layers of the same
     names, and these are in float. Returns for each layer the mean squared error of its outputs, relative to their variance, with nearest
     rounding and as rounded.
     """
     twins = {layer.name: layer for layer in layers(original)}
     pairs = [(layer, twins[layer.name]) for layer in layers(graph) if layer.name in plan]
-    free = {layer.name for layer in correctable(graph)}
+    free = {layer.name for layer in correctable(graph)} if biases else set()
     found = {}
     for stage in _stages(pairs):
         for layer, moments in gather(graph, original, stage, task, samples).items():
@@ -66,6 +71,9 @@ def _round(graph: Graph, layer: Layer, moments: Moments, method: str, centred: b
     q = descend(sheet.problem(scale), q)
     graph.set_tensor(name, scale.reshape(graph.tensor(name).shape))
     graph.set_tensor(layer.weight, from_integers(from_rows(q, layer, weight).contiguous() + zero.to(q.device), graph, quantizer))
+    if centred and layer.node.target not in TRANSPOSED:
+        means = as_rows(weight, layer) @ moments.first0[:, :, None] - sheet.rows(scale) * q @ moments.first[:, :, None]
+        graph.tensor(give_bias(graph, layer)).data.add_(means.flatten() / moments.count)
     whole = ((target @ H) * target).sum().clamp_min(SMALLEST_SCALE)
     nearest_to_w, rounded = (problem.energy(q).sum() for problem, q in ((plain, nearest(plain)), (sheet.problem(scale), q)))
     return {"nearest": float(nearest_to_w / whole), "rounded": float(rounded / whole)}
@@ -79,10 +87,7 @@ def solved(moments: Moments, w: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
     ridge = _DAMPING * H.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-5 * raw.mean(-1) + 1e-6 * raw.mean() + SMALLEST_SCALE
     diagonal = ridge[:, None, None] * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
     loose = H + diagonal * max(1.0, H.shape[-1] / moments.count / _DAMPING)
-    import os
-
-    beta = float(os.environ.get("BETA", "1"))
-    return H + diagonal, w + beta * torch.linalg.solve(loose, (w @ (cross - H)).mT).mT
+    return H + diagonal, w + torch.linalg.solve(loose, (w @ (cross - H)).mT).mT
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,10 @@ class Sheet:
     def rows(self, values: Tensor) -> Tensor:
         return as_rows(values.expand_as(self.weight), self.layer)
 
-    def problem(self, scale: Tensor) -> Problem:
-        return Problem(self.target, self.rows(scale), self.H, self.rows(self.low), self.rows(self.high))
+    def problem(self, *scales: Tensor) -> Problem:
+        """To round on each of these scales, one after the other in the dimension of rows."""
+        w, low, high = (rows.repeat(1, len(scales), 1) for rows in (self.target, self.rows(self.low), self.rows(self.high)))
+        return Problem(w, torch.cat([self.rows(scale) for scale in scales], 1), self.H, low, high)
 
     def share(self, values: Tensor) -> Tensor:
         """Values of rows [groups, rows] summed over those that have a scale in common, in the shape of the scale."""
@@ -115,12 +122,14 @@ def search(sheet: Sheet) -> Tensor:
     reach = from_rows(sheet.target, sheet.layer, sheet.weight).abs()
     dims = [dim for dim, size in enumerate(sheet.scale.shape or [1] * reach.ndim) if size == 1]
     whole = (reach.amax(dims, keepdim=True) if dims else reach).reshape(sheet.scale.shape) / sheet.high.amax()
-    best, least = sheet.scale, None
-    for candidate in (sheet.scale, *(whole.clamp_min(SMALLEST_SCALE) * part for part in _PARTS)):
-        problem = sheet.problem(candidate)
-        energy = sheet.share(problem.energy(gptq(problem)))
-        best, least = (candidate, energy) if least is None else (torch.where(energy < least, candidate, best), torch.minimum(energy, least))
-    return best
+    candidates = [sheet.scale, *(whole.clamp_min(SMALLEST_SCALE) * part for part in _PARTS)]
+    energies = []
+    for start in range(0, len(candidates), size := max(1, _AT_ONCE // sheet.weight.numel())):
+        several = candidates[start : start + size]
+        problem = sheet.problem(*several)
+        energies += [sheet.share(energy) for energy in problem.energy(gptq(problem)).chunk(len(several), 1)]
+    best = torch.stack(energies).argmin(0, keepdim=True)
+    return torch.stack(candidates).gather(0, best)[0]
 
 
 def refit(sheet: Sheet, q: Tensor, scale: Tensor) -> Tensor:

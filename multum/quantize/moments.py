@@ -17,7 +17,7 @@ from ..task import Task, calibration
 from .placement import operand
 
 _FEWEST, _FOR_EACH = 4096, 16  # input vectors that are looked at: in all, and for each of their entries
-_TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
 @dataclass
@@ -57,14 +57,14 @@ def as_rows(value: Tensor, layer: Layer) -> Tensor:
     if layer.kind == "linear":
         return (value if layer.axis == 0 else value.T)[None]
     parts = value.reshape(_groups(layer), -1, *value.shape[1:])
-    return parts.flatten(2).mT if layer.node.target in _TRANSPOSED else parts.flatten(2)
+    return parts.flatten(2).mT if layer.node.target in TRANSPOSED else parts.flatten(2)
 
 
 def from_rows(rows: Tensor, layer: Layer, like: Tensor) -> Tensor:
     """The inverse of `as_rows`, in the shape of `like`."""
     if layer.kind == "linear":
         return rows[0] if layer.axis == 0 else rows[0].T
-    return (rows.mT if layer.node.target in _TRANSPOSED else rows).reshape(like.shape)
+    return (rows.mT if layer.node.target in TRANSPOSED else rows).reshape(like.shape)
 
 
 def _groups(layer: Layer) -> int:
@@ -134,7 +134,7 @@ def _geometry(node: fx.Node, size: int) -> tuple[list[int], list[tuple[int, int]
 
     Each entry of a transposed kernel is a row of its own: where they overlap in the outputs is left out of account.
     """
-    if node.target in _TRANSPOSED:
+    if node.target in TRANSPOSED:
         return [1] * size, [(0, 0)] * size, [1] * size, [1] * size
     kernel = list(node.args[1].meta["val"].shape[2:])  # type: ignore[union-attr]
     stride, dilation = (list(read(node, name)) * (size if len(read(node, name)) == 1 else 1) for name in ("stride", "dilation"))

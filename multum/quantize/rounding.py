@@ -65,6 +65,27 @@ def gptq(problem: Problem, width: int = 1) -> Tensor:
     w, s, low, high = (torch.take_along_dim(x[:, :, None], order, -1) for x in (problem.w, problem.s, problem.low, problem.high))
     H = torch.take_along_dim(torch.take_along_dim(problem.H, order[:, 0], -1), order[:, 0].mT, -2)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)[:, None]
+    best = (_narrow if width == 1 else _wide)(w, s, low, high, upper, width)
+    return best.scatter(-1, order[:, 0].expand_as(best), best)
+
+
+def _narrow(w: Tensor, s: Tensor, low: Tensor, high: Tensor, upper: Tensor, width: int) -> Tensor:
+    """The integers of columns that are in order [groups, rows, inputs]."""
+    w, s, low, high, upper = (x.squeeze(2).mT.contiguous() if x is not upper else x[:, 0] for x in (w, s, low, high, upper))
+    q = torch.empty_like(w)  # [groups, inputs, rows]
+    for start in range(0, w.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, w.shape[1])
+        errors = torch.empty_like(w[:, start:stop])
+        for j in range(start, stop):
+            q[:, j] = (w[:, j] / s[:, j]).round_().clamp_(low[:, j], high[:, j])
+            errors[:, j - start] = (w[:, j] - s[:, j] * q[:, j]) / upper[:, j, j, None]
+            w[:, j + 1 : stop].baddbmm_(upper[:, j, j + 1 : stop, None], errors[:, j - start, None], alpha=-1)
+        w[:, stop:].baddbmm_(upper[:, start:stop, stop:].mT, errors, alpha=-1)
+    return q.mT
+
+
+def _wide(w: Tensor, s: Tensor, low: Tensor, high: Tensor, upper: Tensor, width: int) -> Tensor:
+    """The same with `width` partial rows kept at each column [groups, rows, kept, inputs]."""
     q, cost = torch.empty_like(w), torch.zeros_like(w[..., 0])  # [groups, rows, kept, inputs], and the energy so far [groups, rows, kept]
     for start in range(0, w.shape[-1], _BLOCK):
         block = slice(start, min(start + _BLOCK, w.shape[-1]))
@@ -86,8 +107,7 @@ def gptq(problem: Problem, width: int = 1) -> Tensor:
         q, w = (torch.take_along_dim(x, origin[..., None], 2) for x in (q, w))
         q[..., block] = chosen
         w[..., block.stop :] -= errors @ upper[..., block, block.stop :]
-    best = q[:, :, 0]
-    return best.scatter(-1, order[:, 0].expand_as(best), best)
+    return q[:, :, 0]
 
 
 def sweep(problem: Problem, q: Tensor, heat: Tensor | None = None, random: torch.Generator | None = None) -> Tensor:
@@ -127,13 +147,15 @@ def descend(problem: Problem, q: Tensor) -> Tensor:
 
 
 def anneal(problem: Problem, sweeps: int = _SWEEPS, seed: int = 0) -> Tensor:
-    """Descends from the nearest integers and from those of GPTQ, then heats the best and cools it slowly; the best of each row.
+    """Descends from the nearest integers and those of GPTQ, heats the best and cools it slowly; the best of each row.
 
     Kirkpatrick et al. 1983, "Optimization by simulated annealing"; single moves are drawn as by Geman & Geman 1984.
     """
     random = torch.Generator(problem.w.device).manual_seed(seed)
     plain = nearest(problem)
-    best = better(problem, descend(problem, plain), descend(problem, gptq(problem, _WIDTH)))
+    best = plain
+    for start in (plain, gptq(problem), gptq(problem, _WIDTH)):  # where the grid clips much, the widest need not be the best
+        best = better(problem, best, descend(problem, start))
     unit, q = problem.energy(plain).clamp_min(torch.finfo(plain.dtype).tiny) / plain.shape[-1], best
     for step in range(sweeps):
         q = sweep(problem, q, unit * _HOTTEST * (_COLDEST / _HOTTEST) ** (step / max(1, sweeps - 1)), random)

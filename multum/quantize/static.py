@@ -68,7 +68,7 @@ class Static(Step):
         original = graph.copy()
         entries = [entry for change in plan.changes.values() for entry in change.values() if "value" in entry]
         quantize_values(graph, placement, {entry["value"]: entry for entry in entries})
-        measured: dict[str, Any] = {"rounding": round_weights(graph, original, plan, task, self.samples)}
+        measured: dict[str, Any] = {"rounding": round_weights(graph, original, plan, task, self.samples, self.bias_correction)}
         if self.bias_correction:
             measured["bias_shifts"] = correct_biases(graph, original, plan.changes, task, self.samples)
         return measured

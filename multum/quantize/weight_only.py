@@ -103,7 +103,7 @@ def weight_entries(chosen: list[Layer], bits: int, edges: int, rounding: str = "
     return found
 
 
-def round_weights(graph: Graph, original: Graph, plan: Plan, task: Task, samples: int) -> dict[str, dict[str, float]]:
+def round_weights(graph: Graph, original: Graph, plan: Plan, task: Task, samples: int, biases: bool = True) -> dict[str, dict[str, float]]:
     """Puts the planned quantizers on the weights; a tensor that several layers use gets one. Returns what data had to say, by layer."""
     entries = {name: change["weight"] for name, change in plan.changes.items() if "weight" in change}
     done = set[str]()
@@ -113,6 +113,6 @@ def round_weights(graph: Graph, original: Graph, plan: Plan, task: Task, samples
             quantize_weight(graph, layer, entry["bits"], entry.get("scale"))
             done.add(layer.weight)
     chosen = {name: entry for name, entry in entries.items() if "rounding" in entry}
-    found = choose_integers(graph, original, chosen, task, samples) if chosen else {}
+    found = choose_integers(graph, original, chosen, task, samples, biases) if chosen else {}
     graph.recompile()
     return found

@@ -126,7 +126,7 @@ def test_options_cost_what_they_should(resnet: Task, options: dict[str, int], mo
 
 
 def test_weights_and_scales_learn(resnet: Task) -> None:
-    graph = compress(resnet, Static(weight_bits=3)).graph.requires_grad_(True).train()
+    graph = compress(resnet, Static(weight_bits=3, rounding="nearest")).graph.requires_grad_(True).train()
     x = torch.cat([x for x, _ in resnet.data("validation")])
     with torch.no_grad():
         target = resnet.original(x)
@@ -160,7 +160,7 @@ def test_the_plan_tells_every_layer(resnet: Task) -> None:
     assert json.loads(json.dumps(plan.changes)) == plan.changes
     assert plan.changes["conv"]["weight"] == {"bits": 8, "axis": 0}  # the first layer
     assert plan.changes["head"]["weight"] == {"bits": 8, "axis": 0}  # and the last
-    assert plan.changes["blocks.0.conv1"]["weight"] == {"bits": 4, "axis": 0}
+    assert plan.changes["blocks.0.conv1"]["weight"] == {"bits": 4, "axis": 0, "rounding": "gptq"}
     assert plan.changes["blocks.0.conv1"]["input"] == plan.changes["conv"]["output"]
     assert plan.skipped == {f"blocks.3.{name}": "excluded by name" for name in ("conv1", "conv2", "short.0")}
 
@@ -174,7 +174,9 @@ def test_what_is_excluded_stays_in_float(resnet: Task) -> None:
 def test_bias_correction_brings_the_means_back(resnet: Task) -> None:
     x = torch.cat([x for x, _ in resnet.data("calibration")])
     with torch.no_grad():
-        means = {on: compress(resnet, Static(weight_bits=4, bias_correction=on)).graph(x).mean(0) for on in (False, True)}
+        means = {
+            on: compress(resnet, Static(weight_bits=4, rounding="nearest", bias_correction=on)).graph(x).mean(0) for on in (False, True)
+        }
         target = resnet.original(x).mean(0)
     assert (means[True] - target).norm() < 0.2 * (means[False] - target).norm()
 
