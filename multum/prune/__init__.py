@@ -1,5 +1,6 @@
 """Pruning: what is cut out for good, and what is set to zero."""
 
+from .blocks import Blocks
 from .channels import Channels
 from .gradual import Gradual
 from .heads import Heads
@@ -8,4 +9,4 @@ from .nm import NM
 from .rewind import Rewind
 from .weights import Weights
 
-__all__ = ["NM", "Channels", "Gradual", "Heads", "Neurons", "Rewind", "Weights"]
+__all__ = ["NM", "Blocks", "Channels", "Gradual", "Heads", "Neurons", "Rewind", "Weights"]

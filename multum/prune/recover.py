@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,15 @@ class Errors:
     missing: Tensor
 
 
+Select = Callable[[fx.Node, Tensor], Tensor]  # a node of the original and its result -> what the graph still has of it
 Fit = Callable[[Tensor, Errors], Tensor]  # a layer's matrix [groups, outputs, height] -> a better one
 
 
-def recover(
-    graph: Graph, original: Graph, batches: Sequence[Any], fits: Mapping[str, Fit], select: Callable[[fx.Node, Tensor], Tensor]
-) -> None:
+def _same(node: fx.Node, value: Tensor) -> Tensor:
+    return value
+
+
+def recover(graph: Graph, original: Graph, batches: Sequence[Any], fits: Mapping[str, Fit], select: Select) -> None:
     """Refits the weights of these layers, and moves the statistics of every batch norm, each seeing what those before it now make.
 
     `original` has operators of the same names; `select` gives of a result in it what the graph still has.
@@ -60,14 +63,9 @@ def recover(
 
 
 def recover_cut(graph: Graph, original: Graph, keep: Keep, task: Task, samples: int) -> dict[str, Any]:
-    """The same after `surgery.cut(graph, keep)`: the layers that read what was cut are fitted to what they gave in `original`.
-
-    A quarter of the samples judges: where all weights do worse than none, only biases and statistics are set, or nothing at all.
-    Returns which it was, and how far the outputs were off before and are after.
-    """
-    groups, batches = axes(original), inputs(task, samples, graph, original)
+    """After `surgery.cut(graph, keep)` the layers that read what was cut are fitted to what they gave in `original`."""
+    groups = axes(original)
     readers = {name for cut in keep for name in groups[cut].consumers}
-    fitted = {layer.name for layer in refittable(graph)} & readers
 
     def select(node: fx.Node, value: Tensor) -> Tensor:
         for dim, axis in enumerate(groups.results[node]):
@@ -75,6 +73,17 @@ def recover_cut(graph: Graph, original: Graph, keep: Keep, task: Task, samples: 
                 value = value.index_select(dim, groups.mask(axis, keep).nonzero().flatten().to(value.device))
         return value
 
+    return recover_judged(graph, original, (task, samples), readers, select)
+
+
+def recover_judged(graph: Graph, original: Graph, data: tuple[Task, int], names: Collection[str], select: Select = _same) -> dict[str, Any]:
+    """Fits the layers that `names` names on so many samples of the task's calibration data.
+
+    A quarter of them judges: where all weights do worse than none, only biases and statistics are set, or nothing at all.
+    Returns which it was, and how far the outputs were off before and are after.
+    """
+    batches = inputs(*data, graph, original)
+    fitted = [layer.name for layer in refittable(graph) if layer.name in names]
     parts = [
         (rows(batch, size, 0, size - size // 4), rows(batch, size, size - size // 4, size))
         for batch in batches
@@ -101,7 +110,7 @@ def refittable(graph: Graph) -> list[Layer]:
     """The layers whose weights can be fitted: they multiply a matrix that nobody else uses."""
     known = layers(graph)
     uses = Counter(layer.weight for layer in known)
-    return [layer for layer in known if multiplies(layer) and uses[layer.weight] == 1]
+    return [layer for layer in known if multiplies(layer) and uses[layer.weight] == 1 and layer.quantizer() is None]
 
 
 def inputs(task: Task, samples: int, *graphs: Graph) -> list[Any]:

@@ -12,13 +12,14 @@ import multum
 from multum.distill import Logits
 from multum.errors import StepError
 from multum.pack import describe
-from multum.prune import NM, Channels, Gradual, Heads, Neurons, Rewind, Weights
+from multum.prune import NM, Blocks, Channels, Gradual, Heads, Neurons, Rewind, Weights
 from multum.quantize import Half, RateDistortion, Static, WeightOnly
 from multum.step import methods
 from multum.task import call, logits
 from multum.testing.conformance import task as attentive
 
 SHORT = {
+    "prune.Blocks": Blocks(samples=64),
     "prune.Channels": Channels(ratio=0.25),
     "prune.Gradual": Gradual(ratio=0.5, epochs=0.2),
     "prune.Heads": Heads(),
