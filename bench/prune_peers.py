@@ -1,0 +1,148 @@
+"""Channels pruned here and by Torch-Pruning, with the same fine-tuning: `python bench/prune_peers.py multum magnitude taylor`.
+
+The network, the data, the loop, the passes and the seeds are the same; only what is cut differs. Torch-Pruning 1.6.1 must be installed:
+python -m pip install torch-pruning==1.6.1. Of its pruning layer by layer and over the whole network the one is taken that scores better on
+validation data after a pass. Appends a line for each run to out/bench/prune_peers.jsonl; `table` alone prints what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import multum
+from multum.analyze.statistics import compare
+from multum.distill import recover
+from multum.graph import Graph, capture
+from multum.graph.axes import axes
+from multum.prune import Channels, counts
+from multum.train import Training
+
+ROOT = Path(__file__).parents[1]
+LINES = ROOT / "out/bench/prune_peers.jsonl"
+
+
+def ours(task: multum.Task, macs: float, seed: int) -> Graph:
+    return multum.compress(task, Channels(macs=macs, multiple=2)).graph
+
+
+def theirs(importance: str) -> Callable[[multum.Task, float, int], Graph]:
+    def prune(task: multum.Task, macs: float, seed: int) -> Graph:
+        tried = [cut(task, importance, macs, whole) for whole in (False, True)]
+        scores = []
+        for graph in tried:
+            short = graph.copy().requires_grad_(True)
+            recover(short, task, Training(epochs=1, patience=0))
+            scores.append(float(task.score(short, "validation").mean()))
+        print(f"{importance}: layer by layer {scores[0]:.2f}, whole network {scores[1]:.2f} after a pass", file=sys.stderr)
+        return tried[scores[1] > scores[0]]
+
+    return prune
+
+
+def cut(task: multum.Task, importance: str, macs: float, whole: bool) -> Graph:
+    """The network, pruned by Torch-Pruning until at most this share of its multiply-accumulates is left."""
+    low, high = 0.0, 0.95
+    for _ in range(10):
+        middle = (low + high) / 2
+        graph = attempt(task, importance, middle, whole)
+        low, high = (low, middle) if left(task, graph) <= macs else (middle, high)
+    return attempt(task, importance, high, whole)
+
+
+def attempt(task: multum.Task, importance: str, ratio: float, whole: bool) -> Graph:
+    import torch_pruning as tp
+
+    sys.path.insert(0, str(ROOT / "examples/fashion_mnist"))
+    from task import model as trained
+
+    model: nn.Module = copy.deepcopy(trained()).eval()
+    judge = {"magnitude": tp.importance.GroupMagnitudeImportance(p=2), "taylor": tp.importance.GroupTaylorImportance()}[importance]
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    pruner = tp.pruner.BasePruner(model, task.example, importance=judge, pruning_ratio=ratio, global_pruning=whole, ignored_layers=last)
+    if importance == "taylor":
+        for images, labels in task.data("calibration"):
+            nn.functional.cross_entropy(model(images), labels).backward()
+    pruner.step()
+    model.zero_grad()
+    return capture(model, task.example)
+
+
+def left(task: multum.Task, graph: Graph) -> float:
+    return macs(graph) / macs(task.original)
+
+
+def macs(graph: Graph) -> int:
+    return counts.macs(graph, axes(graph), {})
+
+
+METHODS = {"multum": ours, "magnitude": theirs("magnitude"), "taylor": theirs("taylor")}
+
+
+def measure(method: str, share: float, seed: int, epochs: float) -> dict[str, object]:
+    task = replace(multum.load_task(ROOT / "examples/fashion_mnist/task.py"), seed=seed)
+    torch.manual_seed(seed)
+    begin = time.perf_counter()
+    graph = METHODS[method](task, share, seed)
+    pruned = time.perf_counter() - begin
+    before = float(task.score(graph, "test").mean())
+    recover(graph.requires_grad_(True), task, Training(epochs=epochs, patience=0))
+    lost = compare(task.score(task.original, "test"), task.score(graph, "test"))
+    return {
+        "method": method,
+        "asked": share,
+        "macs": left(task, graph),
+        "parameters": counts.parameters(graph, axes(graph), {}),
+        "seed": seed,
+        "epochs": epochs,
+        "untrained": before,
+        "test": float(task.score(graph, "test").mean()),
+        "drop": lost.points,
+        "bound": lost.bound,
+        "seconds": pruned,
+    }
+
+
+def table() -> None:
+    rows = [json.loads(line) for line in LINES.read_text().splitlines()]
+    groups: dict[tuple[float, float, str], list[dict[str, float]]] = {}
+    for row in rows:
+        groups.setdefault((row["asked"], row["epochs"], row["method"]), []).append(row)
+    print("| method | MACs | parameters | passes | not trained | trained, test | drop, mean of seeds |\n|---|---|---|---|---|---|---|")
+    for (_, epochs, method), found in sorted(groups.items()):
+        drops = [row["drop"] for row in found]
+        scores = ", ".join(f"{row['test']:.2f}" for row in found)
+        print(
+            f"| {method} | {1 / found[0]['macs']:.2f}x fewer | {found[0]['parameters']:,} | {epochs:g} | {found[0]['untrained']:.2f} "
+            f"| {scores} | {sum(drops) / len(drops):.2f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="+", choices=[*METHODS, "table"])
+    parser.add_argument("--macs", type=float, default=1 / 2.57, help="share of the multiply-accumulates to keep")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=float, default=8.0)
+    given = parser.parse_args()
+    LINES.parent.mkdir(parents=True, exist_ok=True)
+    for method in given.what:
+        for seed in given.seeds if method != "table" else ():
+            row = measure(method, given.macs, seed, given.epochs)
+            print(row, flush=True)
+            with LINES.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    table()
+
+
+if __name__ == "__main__":
+    main()
