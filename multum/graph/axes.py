@@ -69,7 +69,11 @@ class Groups:
 
     def within(self, tensor: str, dim: int) -> list[Group]:
         """The groups that make up a dimension of a tensor, from left to right."""
-        return [self._named[atom] for atom in dict.fromkeys(atoms(self.tensors[tensor][dim])) if atom in self._named]
+        return self.inside(self.tensors[tensor][dim])
+
+    def inside(self, axis: Axis) -> list[Group]:
+        """The groups that make up an axis, from left to right."""
+        return [self._named[atom] for atom in dict.fromkeys(atoms(axis)) if atom in self._named]
 
     def outputs(self, layer: str) -> list[Group]:
         """The groups that make up the outputs of a layer."""

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..analyze import Latencies
 from ..errors import StepError, near
 from ..graph import Graph, select, surgery
 from ..graph.axes import Group, Groups, Keep, axes
 from ..step import Plan, Stage, Step, option
 from ..task import Task
-from . import counts
+from .allocation import ALLOCATIONS, TERMS, Budget, cumulated, least_loss
 from .evidence import Evidence
 from .recover import calibrated, recover_cut
-from .scores import CRITERIA, NEEDS
+from .scores import CRITERIA, CUMULATIVE, NEEDS
+from .sensitivity import sensitivity
 
 KINDS = ("conv", "linear", "embedding", "rnn")
-_ALLOCATIONS = ("uniform", "global")
 _HALVINGS = 14  # of the interval in which the share to cut is sought
 _CLOSE = 0.05  # of a group: how far a width may be from the one asked for and still be preferred to a later factor
 
@@ -42,19 +43,22 @@ class Cut(Step):
         None, f"what a channel is judged by: {', '.join(CRITERIA)}; obs with calibration data, magnitude without when not given"
     )
     allocation: str | None = option(
-        None, "uniform: the same share everywhere; global: the lowest scores of the whole network; global for obs when not given"
+        None,
+        "uniform: the same share everywhere; global: the lowest scores of the whole network; budget: the lowest scores for what they save; "
+        "sensitivity: the same with the measured change of the outputs; when not given: uniform, for obs global and within budgets budget",
     )
-    multiple: int = option(8, "widths that are left are multiples of this; smaller layers, of a half, a quarter ... of it")
+    multiple: int = option(8, "widths are multiples of this; in small layers of a half, a quarter ... of it; 0: what measures fast")
     floor: float = option(0.1, "least share of each group that is kept")
     include: str | tuple[str, ...] = option("*", "layers that may be cut, as glob patterns")
     exclude: str | tuple[str, ...] = option((), "layers that may not")
     parameters: float | None = option(None, "share of the parameters to keep; takes the place of ratio")
     macs: float | None = option(None, "share of the multiply-accumulates to keep; takes the place of ratio")
+    latency: float | None = option(None, "share to keep of the layers' times, measured on this machine; takes the place of ratio")
     recover: bool = option(True, "let the layers that read what was cut make good, when there are calibration data")
     samples: int = option(512, "samples that data-based criteria and recovery look at")
 
     def requires(self) -> tuple[str, ...]:
-        return NEEDS.get(self.criterion or "", ())
+        return NEEDS.get(self.criterion or "", ()) + (("calibration",) if self.allocation == "sensitivity" else ())
 
     def plan(self, graph: Graph, task: Task) -> Plan:
         self._check()
@@ -62,39 +66,53 @@ class Cut(Step):
         barred = self._barred(graph, groups)
         chosen = [group for group in groups if group.name not in barred]
         criterion = self.criterion or ("obs" if calibrated(task) else "magnitude")
-        allocation = self.allocation or ("global" if criterion == "obs" else "uniform")
+        budgets, multiple = self._budgets(graph, groups), self.multiple or _fast(graph, groups)
+        allocation = self.allocation or ("uniform" if criterion != "obs" else "budget" if budgets else "global")
         evidence = Evidence(graph, task, self.samples)
         scores = {group.name: CRITERIA[criterion](evidence, groups, group) for group in chosen}
 
         def keep(ratio: float) -> dict[str, list[int]]:
-            wanted = _wanted(chosen, scores, ratio, allocation)
-            return _keep(groups, chosen, scores, wanted, {group.name: self._width(group, wanted[group.name], groups) for group in chosen})
+            wanted = _wanted(chosen, scores, ratio, allocation == "global")
+            return _keep(
+                groups, chosen, scores, wanted, {group.name: self._width(group, wanted[group.name], groups, multiple) for group in chosen}
+            )
 
-        kept = keep(self._ratio(graph, groups, keep))
+        if allocation in ("uniform", "global"):
+            kept = keep(self._ratio(budgets, keep))
+        else:
+            if not budgets:  # what the share leaves when it is the same everywhere
+                uniform = Budget.make("macs", 1.0, graph, groups)
+                budgets = [replace(uniform, share=uniform.left(keep(self.ratio)))]
+            losses = {name: cumulated(score, criterion in CUMULATIVE) for name, score in scores.items()}
+            if allocation == "sensitivity":
+                losses = sensitivity(graph, groups, chosen, scores, task, self.samples)
+            steps = {group.name: self._widths(group, groups, multiple) for group in chosen}
+            kept = {name: best(scores[name], width) for name, width in least_loss(chosen, losses, steps, groups.factors, budgets).items()}
         changes = {name: {"keep": indices, "of": groups[name].size} for name, indices in kept.items()}
         return Plan(changes, _skipped(graph, groups, kept, barred))
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         keep = {name: change["keep"] for name, change in plan.changes.items()}
+        measured = self._met(graph, keep)
         recovers = self.recover and calibrated(task)
         original = graph.copy() if recovers else graph
         surgery.cut(graph, keep)
-        return recover_cut(graph, original, keep, task, self.samples) if recovers else {}
+        return measured | (recover_cut(graph, original, keep, task, self.samples) if recovers else {})
 
     def _check(self) -> None:
         if self.criterion is not None and self.criterion not in CRITERIA:
             raise StepError(f"There is no criterion {self.criterion!r}.", f"one of the criteria, such as {near(self.criterion, CRITERIA)}")
-        if self.allocation is not None and self.allocation not in _ALLOCATIONS:
-            raise StepError(f"The allocation is {self.allocation!r}.", " or ".join(_ALLOCATIONS))
+        if self.allocation is not None and self.allocation not in ALLOCATIONS:
+            raise StepError(f"The allocation is {self.allocation!r}.", ", ".join(ALLOCATIONS))
         if not 0 < self.ratio < 1:
             raise StepError(f"The share of channels to cut is {self.ratio}.", "a ratio between 0 and 1, such as 0.5")
-        if self.multiple < 1:
-            raise StepError(f"Widths cannot be multiples of {self.multiple}.", "a multiple of at least 1, such as 8")
+        if self.multiple < 0:
+            raise StepError(f"Widths cannot be multiples of {self.multiple}.", "a multiple of at least 1, such as 8, or 0")
         if self.samples < 1:
             raise StepError(f"{self.samples} samples are asked for.", "at least 1, such as 512")
         if not 0 <= self.floor < 1:
             raise StepError(f"The least share that is kept is {self.floor}.", "a floor from 0 to below 1, such as 0.1")
-        for name in ("parameters", "macs"):
+        for name in TERMS:
             share = getattr(self, name)
             if share is not None and not 0 < share < 1:
                 raise StepError(f"The share of {name} to keep is {share}.", f"{name} between 0 and 1, such as 0.3")
@@ -117,9 +135,9 @@ class Cut(Step):
                 barred[group.name] = "include does not name it" if own else "no layer makes it"
         return barred
 
-    def _width(self, group: Group, wanted: float, groups: Groups) -> int:
+    def _width(self, group: Group, wanted: float, groups: Groups, multiple: int) -> int:
         """The width nearest to `wanted` that is a multiple of the step, the lower of two; the step is at most a quarter of the group."""
-        step = self.multiple // math.gcd(self.multiple, groups.cofactor(group))
+        step = multiple // math.gcd(multiple, groups.cofactor(group))
         while step > 1 and group.size < 4 * step:
             step = math.ceil(step / 2)
         least = max(1, math.ceil(group.size * self.floor))
@@ -128,38 +146,63 @@ class Cut(Step):
             width += step
         return min(width, group.size)
 
-    def _ratio(self, graph: Graph, groups: Groups, keep: Callable[[float], Keep]) -> float:
-        """The least share to cut with which as few parameters and multiply-accumulates are left as asked for."""
-        goals = [(share, count) for share, count in ((self.parameters, counts.parameters), (self.macs, counts.macs)) if share is not None]
-        if not goals:
+    def _widths(self, group: Group, groups: Groups, multiple: int) -> list[int]:
+        """The widths that a group may have, falling."""
+        found = {self._width(group, wanted, groups, multiple) for wanted in range(1, group.size)}
+        return sorted(found - {group.size}, reverse=True)
+
+    def _budgets(self, graph: Graph, groups: Groups) -> list[Budget]:
+        shares = {name: getattr(self, name) for name in TERMS}
+        return [Budget.make(name, share, graph, groups) for name, share in shares.items() if share is not None]
+
+    def _ratio(self, budgets: list[Budget], keep: Callable[[float], Keep]) -> float:
+        """The least share to cut that meets the budgets; all, where they cannot be met."""
+        if not budgets:
             return self.ratio
         low, high = 0.0, 1.0
-        before = [count(graph, groups, {}) for _, count in goals]
-
-        def left(ratio: float) -> list[float]:
-            cut = keep(ratio)
-            return [count(graph, groups, cut) / whole for (_, count), whole in zip(goals, before, strict=True)]
-
-        if any(value > share for value, (share, _) in zip(left(high), goals, strict=True)):
-            least = " and ".join(f"{value:.3f} of the {count.__name__}" for value, (_, count) in zip(left(high), goals, strict=True))
-            raise StepError(
-                f"{self} is out of reach: when everything that may go is cut, {least} are left.",
-                "shares to keep above that",
-                "ask for less, lower floor, or let other methods do the rest",
-            )
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            enough = all(value <= share for value, (share, _) in zip(left(middle), goals, strict=True))
+            cut = keep(middle)
+            enough = all(budget.left(cut) <= budget.share for budget in budgets)
             low, high = (low, middle) if enough else (middle, high)
         return high
 
+    def _met(self, graph: Graph, keep: Keep) -> dict[str, Any]:
+        """What is left of each budget, whether all are met, and if not, what is in the way."""
+        groups = axes(graph)
+        budgets = self._budgets(graph, groups)
+        if not budgets:
+            return {}
+        left = {budget.name: budget.left(keep) for budget in budgets}
+        missed = [budget.name for budget in budgets if left[budget.name] > budget.share * (1 + 1e-9)]
+        found: dict[str, Any] = {"left": left, "met": not missed}
+        if missed:
+            barred = self._barred(graph, groups)
+            some = next(((name, reason) for name, reason in barred.items()), None)
+            found["binding"] = f"{', '.join(missed)}: every group that may be cut is at its floor ({self.floor:g} of it)"
+            found["binding"] += f"; {len(barred)} may not, such as {some[0]}: {some[1]}" if some else ""
+        return found
 
-def _wanted(chosen: list[Group], scores: dict[str, Tensor], ratio: float, allocation: str) -> dict[str, float]:
+
+def best(scores: Tensor, width: int) -> list[int]:
+    """The channels with the highest scores, in order."""
+    indices: list[int] = sorted(scores.sort(descending=True, stable=True).indices[:width].tolist())
+    return indices
+
+
+def _fast(graph: Graph, groups: Groups) -> int:
+    """The multiple of widths that is measured to be fast in the layer with the most multiply-accumulates."""
+    table = Latencies(graph)
+    sizes = {layer: graph.tensor(layer.weight).numel() for layer in groups.layers.values() if table.covers(layer)}
+    return table.multiple(max(sizes, key=lambda layer: sizes[layer])) if sizes else 1
+
+
+def _wanted(chosen: list[Group], scores: dict[str, Tensor], ratio: float, pooled: bool) -> dict[str, float]:
     """How many channels each group should keep, before rounding."""
-    if allocation == "uniform" or not chosen:
+    if not pooled or not chosen:
         return {group.name: group.size * (1 - ratio) for group in chosen}
-    pooled = torch.cat([scores[group.name] for group in chosen]).sort().values
-    threshold = pooled[min(int(ratio * len(pooled)), len(pooled) - 1)]
+    ordered = torch.cat([scores[group.name] for group in chosen]).sort().values
+    threshold = ordered[min(int(ratio * len(ordered)), len(ordered) - 1)]
     return {group.name: float((scores[group.name] >= threshold).sum()) for group in chosen}
 
 
@@ -171,11 +214,7 @@ def _keep(
     for group in sorted(chosen, key=lambda group: abs(widths[group.name] - wanted[group.name]) > _CLOSE * group.size):
         if widths[group.name] < group.size and not any(other.name in cut for other in groups.factors(group)):
             cut.add(group.name)
-    return {
-        group.name: sorted(scores[group.name].sort(descending=True, stable=True).indices[: widths[group.name]].tolist())
-        for group in chosen
-        if group.name in cut
-    }
+    return {group.name: best(scores[group.name], widths[group.name]) for group in chosen if group.name in cut}
 
 
 def _skipped(graph: Graph, groups: Groups, keep: Keep, barred: dict[str, str]) -> dict[str, str]:

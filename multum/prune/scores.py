@@ -144,6 +144,7 @@ def _summed(criterion: criteria.Criterion) -> Criterion:
 
 CRITERIA: dict[str, Criterion] = {name: _summed(criterion) for name, criterion in criteria.CRITERIA.items()}
 CRITERIA |= {f.__name__: f for f in (magnitude, magnitude_l1, batch_norm, fpgm, activation, apoz, gradient, obs)}
+CUMULATIVE = ("obs",)  # whose scores are the loss when all lower channels are gone as well
 NEEDS = criteria.NEEDS | {"activation": ("calibration",), "apoz": ("calibration",)}
 
 

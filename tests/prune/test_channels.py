@@ -165,14 +165,13 @@ def test_heads_are_cut_or_their_width_never_both(heads: int, depth: int, ratio: 
         ({"ratio": 0.0}, "between 0 and 1"),
         ({"ratio": 1.0}, "between 0 and 1"),
         ({"criterion": "magnitud"}, "'magnitude'"),
-        ({"allocation": "local"}, "uniform or global"),
-        ({"multiple": 0}, "at least 1"),
+        ({"allocation": "local"}, "uniform, global"),
+        ({"multiple": -1}, "at least 1"),
         ({"floor": 1.0}, "floor from 0"),
         ({"parameters": 10.0}, "parameters between 0 and 1"),
         ({"macs": 0.0}, "macs between 0 and 1"),
         ({"include": "stm"}, "'stem'"),
         ({"exclude": ("haed",)}, "'head'"),
-        ({"parameters": 0.001}, "out of reach"),
     ],
 )
 def test_options_that_make_no_sense_say_what_would(task: Task, options: dict[str, Any], message: str) -> None:
