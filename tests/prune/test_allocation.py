@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from multum import Task, compress, prune
-from multum.analyze import Latencies
+from multum.analyze import Latencies, latency
 from multum.errors import StepError
 from multum.graph import capture, layers
 from multum.graph.axes import axes
@@ -140,7 +140,7 @@ def test_times_are_measured_for_each_kind_of_layer_and_grow_with_its_width() -> 
 
 
 def test_a_latency_budget_is_met_in_the_table(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multum.analyze.latency._measured", lambda settings, weight, threads: 1.0 + math.prod(weight) / 100)
+    monkeypatch.setattr(latency, "_measured", lambda settings, weight, threads: 1.0 + math.prod(weight) / 100)
     result = compress(task, prune.Channels(latency=0.5, multiple=0))
     assert result.records[0].measured["left"]["latency"] <= 0.5
     assert result.records[0].measured["met"] is True
