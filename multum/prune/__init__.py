@@ -4,9 +4,10 @@ from .blocks import Blocks
 from .channels import Channels
 from .gradual import Gradual
 from .heads import Heads
+from .layers import Layers
 from .neurons import Neurons
 from .nm import NM
 from .rewind import Rewind
 from .weights import Weights
 
-__all__ = ["NM", "Blocks", "Channels", "Gradual", "Heads", "Neurons", "Rewind", "Weights"]
+__all__ = ["NM", "Blocks", "Channels", "Gradual", "Heads", "Layers", "Neurons", "Rewind", "Weights"]

@@ -165,13 +165,14 @@ def _sums(of: tuple[Layer, torch.Size], values: list[Tensor], missing: list[Tens
 
 
 def _restate(graph: Graph, node: fx.Node, values: list[Tensor], wanted: list[Tensor]) -> None:
-    """Moves the statistics of a batch norm by as much as those of what it reads moved from what it should read."""
+    """Moves the statistics of a batch norm along with those of what it reads, away from those of what it should read."""
     names = [str(part.target) for name in ("running_mean", "running_var") if isinstance(part := read(node, name), fx.Node)]
     if len(names) < 2 or any(name not in dict(graph.named_tensors()) for name in names):
         return
     (mean, variance), (centre, spread) = _moments(values), _moments(wanted)
     old = [graph.tensor(name).double() for name in names]
-    now = (old[0] + mean - centre, old[1] * torch.where(spread > 0, variance / spread.clamp_min(1e-30), 1))
+    wider = torch.where(spread > 0, variance / spread.clamp_min(1e-30), 1)
+    now = (mean - (centre - old[0]) * wider.sqrt(), old[1] * wider)
     for name, value in zip(names, now, strict=True):
         graph.set_tensor(name, value.to(graph.tensor(name).dtype))
 

@@ -12,7 +12,7 @@ import multum
 from multum.distill import Logits
 from multum.errors import StepError
 from multum.pack import describe
-from multum.prune import NM, Blocks, Channels, Gradual, Heads, Neurons, Rewind, Weights
+from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Weights
 from multum.quantize import Half, RateDistortion, Static, WeightOnly
 from multum.step import methods
 from multum.task import call, logits
@@ -24,6 +24,7 @@ SHORT = {
     "prune.Gradual": Gradual(ratio=0.5, epochs=0.2),
     "prune.Heads": Heads(),
     "prune.Neurons": Neurons(),
+    "prune.Layers": Layers(samples=16),
     "prune.NM": NM(samples=16),
     "prune.Rewind": Rewind(),
     "prune.Weights": Weights(samples=16),
