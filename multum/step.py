@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -251,7 +252,9 @@ def _keep(folder: Path, graph: Graph, record: Record) -> None:
     partial.write_text(json.dumps(record.to_data()))
     partial.replace(folder / "record.json")
     for file in folder.iterdir():  # what only served to resume the step
-        if file.name not in ("graph.safetensors", "record.json"):
+        if file.is_dir():
+            shutil.rmtree(file)
+        elif file.name not in ("graph.safetensors", "record.json"):
             file.unlink()
 
 

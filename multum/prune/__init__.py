@@ -8,6 +8,7 @@ from .layers import Layers
 from .neurons import Neurons
 from .nm import NM
 from .rewind import Rewind
+from .shrink import Shrink
 from .weights import Weights
 
-__all__ = ["NM", "Blocks", "Channels", "Gradual", "Heads", "Layers", "Neurons", "Rewind", "Weights"]
+__all__ = ["NM", "Blocks", "Channels", "Gradual", "Heads", "Layers", "Neurons", "Rewind", "Shrink", "Weights"]

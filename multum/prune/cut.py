@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,11 +65,10 @@ class Cut(Step):
         groups = axes(graph)
         barred = self._barred(graph, groups)
         chosen = [group for group in groups if group.name not in barred]
-        criterion = self.criterion or ("obs" if calibrated(task) else "magnitude")
+        criterion = self._criterion(task)
         budgets, multiple = self._budgets(graph, groups), self.multiple or _fast(graph, groups)
         allocation = self.allocation or ("uniform" if criterion != "obs" else "budget" if budgets else "global")
-        evidence = Evidence(graph, task, self.samples)
-        scores = {group.name: CRITERIA[criterion](evidence, groups, group) for group in chosen}
+        scores = self.scores(graph, groups, chosen, task)
 
         def keep(ratio: float) -> dict[str, list[int]]:
             wanted = _wanted(chosen, scores, ratio, allocation == "global")
@@ -93,11 +92,22 @@ class Cut(Step):
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         keep = {name: change["keep"] for name, change in plan.changes.items()}
-        measured = self._met(graph, keep)
+        return self._met(graph, keep) | self.remove(graph, keep, task)
+
+    def remove(self, graph: Graph, keep: Keep, task: Task) -> dict[str, Any]:
+        """Cuts all but `keep` out of the graph; what reads it makes good."""
         recovers = self.recover and calibrated(task)
         original = graph.copy() if recovers else graph
         surgery.cut(graph, keep)
-        return measured | (recover_cut(graph, original, keep, task, self.samples) if recovers else {})
+        return recover_cut(graph, original, keep, task, self.samples) if recovers else {}
+
+    def scores(self, graph: Graph, groups: Groups, chosen: Sequence[Group], task: Task) -> dict[str, Tensor]:
+        """What each channel of these groups is worth, by the criterion."""
+        judge, evidence = CRITERIA[self._criterion(task)], Evidence(graph, task, self.samples)
+        return {group.name: judge(evidence, groups, group) for group in chosen}
+
+    def _criterion(self, task: Task) -> str:
+        return self.criterion or ("obs" if calibrated(task) else "magnitude")
 
     def _check(self) -> None:
         if self.criterion is not None and self.criterion not in CRITERIA:

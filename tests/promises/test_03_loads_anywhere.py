@@ -12,7 +12,7 @@ import multum
 from multum.distill import Logits
 from multum.errors import StepError
 from multum.pack import describe
-from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Weights
+from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
 from multum.quantize import Half, RateDistortion, Static, WeightOnly
 from multum.step import methods
 from multum.task import call, logits
@@ -27,6 +27,7 @@ SHORT = {
     "prune.Layers": Layers(samples=16),
     "prune.NM": NM(samples=16),
     "prune.Rewind": Rewind(),
+    "prune.Shrink": Shrink(ratio=0.25, epochs=0.2),
     "prune.Weights": Weights(samples=16),
     "distill.Logits": Logits(epochs=0.2),
     "quantize.Static": Static(),
@@ -65,7 +66,7 @@ def test_every_method_is_tried_here():
 
 
 PAIRS = list(itertools.permutations(SHORT.values(), 2))
-SOME = PAIRS[:: -(-len(PAIRS) // 50)]
+SOME = PAIRS[:: -(-len(PAIRS) // 24)]
 
 
 @pytest.mark.parametrize("pairs", [SOME, pytest.param(PAIRS, marks=pytest.mark.slow)], ids=["some", "all"])
