@@ -2,7 +2,8 @@
 
 The network, the data, the loop, the passes and the seeds are the same; only what is cut differs. Torch-Pruning 1.6.1 must be installed:
 python -m pip install torch-pruning==1.6.1. Of its pruning layer by layer and over the whole network the one is taken that scores better
-on validation data after a pass, for the first seed. Appends a line for each run to out/bench/prune_peers.jsonl; `table` alone prints what is there.
+on validation data after a pass, for the first seed. Appends a line for each run to out/bench/prune_peers.jsonl; `table` alone prints
+what is there.
 """
 
 from __future__ import annotations
