@@ -1,8 +1,10 @@
 """Quantization: numbers on coarse grids, so that files are small and integer kernels run."""
 
+from .aware import Aware
 from .half import Half
+from .mixed import Mixed
 from .rate import RateDistortion
 from .static import Static
 from .weight_only import WeightOnly
 
-__all__ = ["Half", "RateDistortion", "Static", "WeightOnly"]
+__all__ = ["Aware", "Half", "Mixed", "RateDistortion", "Static", "WeightOnly"]

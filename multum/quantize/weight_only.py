@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -89,13 +90,16 @@ def check_rounding(method: str) -> None:
         raise StepError(f"The rounding is {method!r}.", f"one of auto, {', '.join(ROUNDINGS)}")
 
 
-def weight_entries(chosen: list[Layer], bits: int, edges: int, rounding: str = "nearest") -> list[tuple[Layer, dict[str, Any]]]:
-    """What is planned for the weight of each layer; nothing where it is on a grid already."""
+def weight_entries(
+    chosen: list[Layer], bits: int | Mapping[str, int], edges: int, rounding: str = "nearest"
+) -> list[tuple[Layer, dict[str, Any]]]:
+    """What is planned for the weight of each layer; nothing where it is on a grid already. `bits` may differ by the weight's name."""
     ends = {layer.weight for layer in (chosen[:1] + chosen[-1:])}
     hidden = {layer.weight for layer in chosen if layer.kind not in ("conv", "linear")}  # what multiplies them is not seen
     found = []
     for layer in chosen:
-        entry: dict[str, Any] = {"bits": max(bits, edges) if layer.weight in ends else bits, "axis": layer.scale_axis}
+        own = bits if isinstance(bits, int) else bits[layer.weight]
+        entry: dict[str, Any] = {"bits": max(own, edges) if layer.weight in ends else own, "axis": layer.scale_axis}
         method = ("gptq" if entry["bits"] <= _COARSE else "nearest") if rounding == "auto" else rounding
         if method != "nearest" and layer.weight not in hidden:
             entry["rounding"] = method
