@@ -1,5 +1,6 @@
 """Quantization: numbers on coarse grids, so that files are small and integer kernels run."""
 
+from .activations import Activations
 from .aware import Aware
 from .half import Half
 from .mixed import Mixed
@@ -7,4 +8,4 @@ from .rate import RateDistortion
 from .static import Static
 from .weight_only import WeightOnly
 
-__all__ = ["Aware", "Half", "Mixed", "RateDistortion", "Static", "WeightOnly"]
+__all__ = ["Activations", "Aware", "Half", "Mixed", "RateDistortion", "Static", "WeightOnly"]

@@ -76,7 +76,7 @@ class Static(Step):
     def _prepare(self, graph: Graph, task: Task) -> tuple[list[Layer], dict[str, str], Placement]:
         """Changes the float network into an equal one that is quantized well, and says what of it to quantize."""
         if any(source(node) is None for node in graph.find(*QUANTIZERS)):
-            raise StepError("The activations are quantized already.", "activations in float", "remove one quantize.Static")
+            raise StepError("The activations are quantized already.", "activations in float", "let quantize.Static come first, and once")
         fuse(graph)
         chosen, skipped = choose(graph, self.include, self.exclude)
         return chosen, skipped, place(graph.fx, chosen)

@@ -13,7 +13,7 @@ from multum.distill import Logits
 from multum.errors import StepError
 from multum.pack import describe
 from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
-from multum.quantize import Aware, Half, Mixed, RateDistortion, Static, WeightOnly
+from multum.quantize import Activations, Aware, Half, Mixed, RateDistortion, Static, WeightOnly
 from multum.step import methods
 from multum.task import call, logits
 from multum.testing.conformance import task as attentive
@@ -30,6 +30,7 @@ SHORT = {
     "prune.Shrink": Shrink(ratio=0.25, epochs=0.2),
     "prune.Weights": Weights(samples=16),
     "distill.Logits": Logits(epochs=0.2),
+    "quantize.Activations": Activations(),
     "quantize.Aware": Aware(samples=16, epochs=0.2),
     "quantize.Mixed": Mixed(samples=16, trials=4),
     "quantize.Static": Static(),
