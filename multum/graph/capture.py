@@ -22,6 +22,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, f
 
 from ..errors import CaptureError
 from . import spec
+from .cells import CELLS, write_out
+from .computed import fold
 from .model import Graph, Tensors, _meta, aten
 
 # Asserts and markers that torch.export leaves in the graph; they compute nothing.
@@ -35,6 +37,7 @@ def capture(model: nn.Module, example: Any) -> Graph:
     """The graph of `model`, with a dynamic batch size; the model itself is not changed.
 
     Tensors keep their names, as far as Python can spell them: `class.weight` becomes `class_.weight`, `conv-1.weight` `conv_1.weight`.
+    A weight that is computed from other tensors, as under weight norm, is computed once.
 
     `example` is one batch of inputs: a tensor, a tuple (passed by position) or a dict (passed by name), nested at will.
     Its tensors share the batch as their first dimension. Raises CaptureError, which names the operator that stopped the
@@ -56,6 +59,7 @@ def capture(model: nn.Module, example: Any) -> Graph:
         for name, module in model.named_modules():
             module.training = was_training[name]
     graph = _rebuild(exported, structure)
+    fold(graph)
     graph.eval()
     graph.refresh()
     return graph
@@ -188,6 +192,11 @@ def _copy(node: fx.Node, operators: fx.Graph, made: dict[fx.Node, Any], module: 
             return
         if node.target in (aten.lift_fresh_copy.default, aten.alias.default, aten.detach_.default):
             made[node] = made[node.args[0]]  # type: ignore[index]
+            return
+        if node.target in CELLS:
+            made[node], new = write_out(node.target, operators, fx.map_arg(node.args, lambda n: made[n]))
+            for part in new:
+                part.meta = _notes(node) | {"val": None}
             return
         target = _plain(node)
         copied = operators.node_copy(node, lambda n: made[n])
@@ -341,7 +350,7 @@ def _capturable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         with torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:
-        return f"none (the model fails on its example: {error})"
+        return f"none (the model fails on its example: {(str(error).splitlines() or [type(error).__name__])[0]})"
     finally:
         for handle in handles:
             handle.remove()

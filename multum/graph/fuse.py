@@ -76,7 +76,7 @@ def _fold_constants(graph: Graph) -> list[str]:
     for node in constant:
         if node.op == "get_attr" or all(user in constant for user in node.users):
             continue
-        name = f"constants.{node.name}"
+        name = f"constants.of_{node.name}"  # a module has attributes of its own, such as `to`
         graph.set_tensor(name, constant[node].clone())
         node.replace_all_uses_with(graph.attribute(name, node), lambda user: user not in constant)
         done.append(f"{node.name} in {owners([node])} is a constant")
