@@ -56,14 +56,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout and n
 @app.command(epilog="Examples: `multum analyze task.py`, `multum analyze --size out/model.mip task.py`")
 def analyze(
     task: Annotated[str | None, typer.Argument(metavar="TASK", help="path.py, path.py:function or package.module:function")] = None,
+    groups: Annotated[bool, typer.Option("--groups", help="instead: which channels are cut together, and why some cannot be cut")] = False,
     size: Annotated[Path | None, typer.Option("--size", metavar="FILE", help="a .mip file: its bytes instead, beside their bounds")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Where a model's parameters, MACs, bytes and milliseconds are, layer by layer.
 
     With `--size`: what each tensor of a file takes, its entropy, and, next to the original in TASK, the least that it could take.
+
+    With --groups: its groups of channels. Each line is a dimension of a tensor in which the group lies; in `3 x [12] x 64` the
+    brackets are the group's own 12 channels, each with 64 numbers in three places.
     """
     from .analyze import analyze as analyze_task
+    from .analyze import groups as groups_of
     from .report import terminal
     from .task import load_task
 
@@ -76,8 +81,9 @@ def analyze(
 
             found = limits(size, loaded.original if loaded else None).to_data()
         elif loaded is not None:
-            found = analyze_task(loaded).to_data()
-    _show(found, as_json, lambda: terminal.analysis(found) if size is None else terminal.limits(found))
+            found = groups_of(loaded) if groups else analyze_task(loaded).to_data()
+    show = terminal.limits if size is not None else terminal.groups if groups else terminal.analysis
+    _show(found, as_json, lambda: show(found))
 
 
 @app.command(epilog="Example: `multum compress examples/fashion_mnist/task.py --size 1/10 --max-drop 0.5 --out out/`")

@@ -69,7 +69,7 @@ def analyze(model: Task | Graph | nn.Module, example: Any = None, *, latency: bo
 
     Without an `example` a task gives its own, and a graph is run on zeros.
     """
-    graph, example = _graph(model, example)
+    graph, example = captured(model, example)
     leaves = _one_sample(graph, example)
     found = _Shapes(graph)
     with torch.no_grad():
@@ -101,7 +101,8 @@ def analyze(model: Task | Graph | nn.Module, example: Any = None, *, latency: bo
     )
 
 
-def _graph(model: Task | Graph | nn.Module, example: Any) -> tuple[Graph, Any]:
+def captured(model: Task | Graph | nn.Module, example: Any) -> tuple[Graph, Any]:
+    """The graph of whatever was given, in eval mode, and an example if there is one."""
     if isinstance(model, Task):
         return model.original, model.example if example is None else example
     if isinstance(model, Graph):

@@ -183,12 +183,13 @@ def _groups(graph: Graph, trace: Trace, found: Sequence[Layer]) -> list[Group]:
             for atom in inside:
                 members.setdefault(atom, []).append((tensor, dim))
             _name(names, inside, f"{tensor}:{dim}")
-    kind = kinds(graph, trace, found)
-    return [
-        Group(name, kind(atom, *sides), atom.size, atom.reason, tuple(members[atom]), *sides, atom)
-        for atom, name in names.items()
-        if (sides := (tuple(producers.get(atom, ())), tuple(consumers.get(atom, ())))) and (atom.reason is None or sides[0])
-    ]
+    kind, parameters = kinds(graph, trace, found), {name for name, _ in graph.tensors.named_parameters()}
+    groups = []
+    for atom, name in names.items():
+        made, read = tuple(producers.get(atom, ())), tuple(consumers.get(atom, ()))
+        if made or (atom.reason is None and (read or any(tensor in parameters for tensor, _ in members[atom]))):
+            groups.append(Group(name, kind(atom, made, read), atom.size, atom.reason, tuple(members[atom]), made, read, atom))
+    return groups
 
 
 def _name(names: dict[Axis, str], inside: Sequence[Axis], name: str) -> None:

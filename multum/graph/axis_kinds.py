@@ -27,12 +27,13 @@ def kinds(graph: Graph, trace: Trace, found: Sequence[Layer]) -> Callable[[Axis,
     """A function from a group's atom, and the names of the layers that make and that read it, to its kind."""
     of = {layer.name: layer.kind for layer in found}
     roles = {role: {atom for axis in noted for atom in atoms(axis)} for role, noted in trace.roles.items()}
+    several = {atom for axis in trace.roles.get("heads", ()) if len(inside := list(atoms(axis))) > 1 for atom in inside}
     roles["stream"] = {atom for axis in _summed(graph, trace, found) for atom in atoms(axis)}
 
     def kind(atom: Axis, producers: Sequence[str], consumers: Sequence[str]) -> str:
         mine = {role for role, noted in roles.items() if atom in noted}
         if "heads" in mine:
-            return "queries" if "queries" in mine else "heads"
+            return "queries" if "queries" in mine and atom in several else "heads"
         if role := next((role for role in ("width", "units", "stream") if role in mine), None):
             return role
         made, read = {of[name] for name in producers} - {"norm"}, {of[name] for name in consumers}

@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
 from .axis import Axis, fix, product, total, unify
-from .axis_trace import Axes, Trace, broadcast, fix_all, fixed, name_of, rule, shape, unknown
+from .axis_trace import Axes, Kept, Trace, broadcast, fix_all, fixed, name_of, rule, shape, unknown
+from .axis_zeros import keeps_zeros
 from .layers import source
 from .model import aten, read
 
@@ -20,7 +22,7 @@ _UNCHANGED = [
     "to", "contiguous", "detach", "alias", "lift", "lift_fresh", "type_as", "_to_copy", "dropout", "alpha_dropout", "feature_dropout",
     "feature_alpha_dropout", "native_dropout", "hardswish", "log_sigmoid", "zeros_like", "ones_like", "full_like", "empty_like",
     "rand_like", "randn_like", "bernoulli", "fill", "fake_quantize_per_tensor_affine", "_fake_quantize_learnable_per_tensor_affine",
-    "data", "special_expit", "detach_copy", "absolute", "negative", "arctan", "clone", "positive",
+    "data", "special_expit", "detach_copy", "real", "imag", "absolute", "negative", "arctan", "clone", "positive",
 ]  # fmt: skip
 _POINTWISE = [
     "where", "masked_fill", "rsub", "floor_divide", "true_divide", "multiply", "subtract", "divide", "__and__", "__or__", "__xor__",
@@ -99,6 +101,11 @@ def _einsum(trace: Trace, node: fx.Node) -> Any:
     inputs, arrow, output = equation.partition("->")
     if not arrow or "..." in equation:
         return unknown(trace, node)
+    if len(operands) == 2 and all(source(operand) is None for operand in read(node, "tensors")):
+        for term, axes in zip(inputs.split(","), operands, strict=True):
+            shared = [letter in inputs.replace(term, "", 1) for letter in term]
+            trace.note("heads", (axis for axis, letter, both in zip(axes, term, shared, strict=True) if both and letter in output))
+            trace.note("width", (axis for axis, letter, both in zip(axes, term, shared, strict=True) if both and letter not in output))
     letters: dict[str, Axis] = {}
     for term, axes in zip(inputs.split(","), operands, strict=True):
         for letter, axis in zip(term, axes, strict=True):
@@ -175,15 +182,44 @@ def _group_norm(trace: Trace, node: fx.Node) -> Any:
     return x
 
 
-@rule(aten.layer_norm, aten.rms_norm)
+@rule(aten.layer_norm)
 def _layer_norm(trace: Trace, node: fx.Node) -> Any:
     x = trace.argument(node, "input")
     normalized = x[len(x) - len(read(node, "normalized_shape")) :]
-    fix_all(normalized, f"{name_of(node)} normalizes over it")
+    fix_all(normalized, "layer_norm normalizes over it")
     for name in ("weight", "bias"):
         for axis, own in zip(normalized, trace.argument(node, name), strict=False):
             unify(axis, own)
     return x
+
+
+@rule(aten.rms_norm)
+def _rms_norm(trace: Trace, node: fx.Node) -> Any:
+    """Of n channels with m of them left: x / sqrt(sum / n + eps) = sqrt(n / m) * x / sqrt(sum / m + eps * n / m)."""
+    x = trace.argument(node, "input")
+    normalized = x[len(x) - len(read(node, "normalized_shape")) :]
+    for axis, own in zip(normalized, trace.argument(node, "weight"), strict=False):
+        unify(axis, own)
+    eps = read(node, "eps")
+    eps = torch.finfo(node.meta["val"].dtype).eps if eps is None else eps
+    trace.literal(node, "normalized_shape", lambda kept: [kept(axis) for axis in normalized])
+    trace.literal(node, "eps", lambda kept: eps / _share(normalized, kept))
+    trace.scaled(node, lambda kept: _share(normalized, kept) ** -0.5)
+    return x
+
+
+def _share(axes: Iterable[Axis], kept: Kept) -> float:
+    """How much is left of the axes together."""
+    return math.prod(kept(axis) / axis.size for axis in axes)
+
+
+@rule(aten._weight_norm)
+def _weight_norm(trace: Trace, node: fx.Node) -> Any:
+    v, g, dim = trace.argument(node, "v"), trace.argument(node, "g"), read(node, "dim")
+    fix_all((axis for place, axis in enumerate(v) if place != dim), "weight_norm normalizes over it")
+    if dim != -1:
+        unify(v[dim], g[dim])
+    return v
 
 
 @rule(aten.softmax, aten.log_softmax, aten._softmax, aten._log_softmax, aten.cumsum, aten.cumprod, aten.logcumsumexp)
@@ -195,12 +231,16 @@ def along(trace: Trace, node: fx.Node) -> Any:
     return x
 
 
-@rule(aten.roll, aten.flip)
+_FOURIER = [f"fft_{kind}fft{count}" for kind in ("", "i", "r", "ir", "h", "ih") for count in ("", "2", "n")]
+
+
+@rule(aten.roll, aten.flip, *_packets(_FOURIER), *_packets(["fft_fftshift", "fft_ifftshift"]))
 def _along_several(trace: Trace, node: fx.Node) -> Any:
-    x = trace.axes(node.args[0])
-    dims = read(node, "dims") or range(len(x))
-    fix_all((x[dim] for dim in dims), f"{name_of(node)} runs along it")
-    return x
+    x, reason = trace.axes(node.args[0]), f"{name_of(node)} runs along it"
+    dims = read(node, "dims") or read(node, "dim")
+    chosen = {dim % len(x) for dim in (range(len(x)) if dims is None else [dims] if isinstance(dims, int) else dims)}
+    fix_all((x[dim] for dim in chosen), reason)
+    return tuple(Axis(size, reason) if place in chosen else x[place] for place, size in enumerate(shape(node)))
 
 
 @rule(aten.sort, aten.topk, aten.cummax, aten.cummin)
@@ -231,7 +271,9 @@ def _reduce(trace: Trace, node: fx.Node) -> Any:
     chosen = range(len(x)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     reduced = {dim % len(x) for dim in chosen} if x else set()
     plain_sum = node.target.overloadpacket in _SUMS and read(node, "ord", 2) in (1, 2)  # type: ignore[union-attr]
-    if not plain_sum:
+    if node.target.overloadpacket is aten.mean and keeps_zeros(trace, node.args[0], [x[dim] for dim in reduced]):  # type: ignore[union-attr]
+        trace.scaled(node, lambda kept: _share((x[dim] for dim in reduced), kept))  # what is left, over as many as there were
+    elif not plain_sum:
         fix_all((x[dim] for dim in reduced), f"{name_of(node)} reduces it")
     keep = bool(read(node, "keepdim", False))
     result = tuple(Axis(1) if dim in reduced else axis for dim, axis in enumerate(x) if keep or dim not in reduced)

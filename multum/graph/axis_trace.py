@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from .axis import Axis, fix, unify
-from .model import read, write
+from .model import aten, read, write
 
 Axes = tuple[Axis, ...]
 Kept = Callable[[Axis], int]  # the new size of an axis
@@ -27,6 +27,7 @@ class Trace:
         self.tensors: dict[str, Axes] = {}
         self.edits: list[Edit] = []
         self.roles: dict[str, list[Axis]] = {}
+        self.zeros: dict[fx.Node, tuple[set[Axis], bool]] = {}  # of these channels of a result: see `keeps_zeros`
 
     def note(self, role: str, axes: Iterable[Axis]) -> None:
         """What the axes are for: the `kind` of the groups that they turn out to hold."""
@@ -44,11 +45,28 @@ class Trace:
         """After a cut, the argument `name` of the node becomes `value`."""
         self.edits.append(lambda kept: assign(node, name, value(kept)))
 
+    def scaled(self, node: fx.Node, factor: Callable[[Kept], float]) -> None:
+        """After a cut, whoever reads the result of the node gets it times `factor`."""
+        self.edits.append(lambda kept: _multiply(node, factor(kept)))
+
 
 def assign(node: fx.Node, name: str, value: Any) -> None:
     """Sets an argument of an ATen call by its name."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     write(node, names.index(name), name, value)
+
+
+def _multiply(node: fx.Node, factor: float) -> None:
+    if factor == 1:
+        return
+    user = next(iter(node.users))
+    if len(node.users) == 1 and user.target is aten.mul.Tensor and isinstance(user.args[1], float):  # a cut before this one
+        user.update_arg(1, user.args[1] * factor)
+        return
+    with node.graph.inserting_after(node):
+        made = node.graph.call_function(aten.mul.Tensor, (node, factor))
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made, lambda user: user is not made)
 
 
 def rule(*operators: Any) -> Callable[[Rule], Rule]:

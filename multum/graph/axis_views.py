@@ -16,6 +16,7 @@ from .model import aten, read
 
 _BATCH = "its size is computed"
 _WHOLE = "only some of its indices are taken"
+_SINGLE = "its indices are taken one by one"
 
 
 @rule(aten.view.default, aten._unsafe_view, aten.reshape, aten.view_as, aten.reshape_as, aten.flatten)
@@ -168,7 +169,7 @@ def _slice(trace: Trace, node: fx.Node) -> Any:
 def _select(trace: Trace, node: fx.Node) -> Any:
     given = trace.axes(node.args[0])
     dim = read(node, "dim") % len(given)
-    fix(given[dim], _WHOLE)
+    fix(given[dim], _SINGLE)
     return (*given[:dim], *given[dim + 1 :])
 
 
@@ -184,6 +185,19 @@ def _index_select(trace: Trace, node: fx.Node) -> Any:
     dim = read(node, "dim") % len(given)
     fix(given[dim], _WHOLE)
     return (*given[:dim], *trace.argument(node, "index"), *given[dim + 1 :])
+
+
+@rule(aten.gather)
+def _gather(trace: Trace, node: fx.Node) -> Any:
+    """An index for each result; in the other dimensions it may be shorter than what it indexes."""
+    given, index = trace.axes(node.args[0]), trace.argument(node, "index")
+    chosen = read(node, "dim") % len(given)
+    for place, (axis, own) in enumerate(zip(given, index, strict=True)):
+        if place != chosen and axis.size == own.size:
+            unify(axis, own)
+        else:
+            fix_all((axis, own), _WHOLE)
+    return index
 
 
 @rule(aten.index.Tensor)
@@ -281,6 +295,13 @@ def _create(trace: Trace, node: fx.Node) -> Any:
     return axes
 
 
-@rule(aten.arange, aten.linspace, aten.scalar_tensor, aten.eye)
+@rule(aten.eye.default)
+def _eye(trace: Trace, node: fx.Node) -> Any:
+    axis = Axis(read(node, "n"))
+    trace.literal(node, "n", lambda kept: kept(axis))
+    return axis, axis
+
+
+@rule(aten.arange, aten.linspace, aten.scalar_tensor)
 def _count(trace: Trace, node: fx.Node) -> Any:
     return fixed(shape(node), "its indices are numbers")

@@ -86,7 +86,7 @@ def operators_to_json(graph: Graph) -> dict[str, Any]:
             rows.append([*row, _to_json(dict(node.kwargs), index)] if node.kwargs else row)
         else:
             rows.append(["out", _to_json(node.args[0], index)])
-    buffers = [name for name, _ in graph.tensors.named_buffers()]
+    buffers = sorted(name for name, _ in graph.tensors.named_buffers())
     pinned = [index[node] for node in graph.fx.nodes if node.name in graph.pinned]
     data = {"graph": VERSION, "nodes": rows, "inputs": graph.inputs, "outputs": graph.outputs, "buffers": buffers, "pinned": pinned}
     return data | ({"sparse": sparse_weights(graph)} if graph.sparse else {})

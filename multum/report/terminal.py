@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _LAYERS = 12  # layers that a plan names before it counts the rest
+_MEMBERS = 8  # the same for the tensors of a group of channels
 
 
 def summary(result: Mapping[str, Any], folder: Path, page: Path) -> RenderableType:
@@ -74,6 +75,29 @@ def limits(found: Mapping[str, Any]) -> RenderableType:
 
 def _bits(count: float | None, shape: Sequence[int]) -> str:
     return "" if count is None else f"{8 * count / max(1, math.prod(shape)):.3f}"
+
+
+def groups(found: Mapping[str, Any]) -> RenderableType:
+    """Channels that are cut together, with the dimensions in which they lie; then those that cannot be cut."""
+    from rich.console import Group
+    from rich.text import Text
+
+    free = [row for row in found["groups"] if row["reason"] is None]
+    whole = [row for row in found["groups"] if row["reason"] is not None]
+    table = _table("group", "kind", ">channels", ">parameters each", "tensor", "dim", "layout")
+    for row in free:
+        first: list[str | Text] = [row["name"], row["kind"], str(row["size"]), amount(row["parameters"])]
+        for member in row["members"][:_MEMBERS]:
+            table.add_row(*first, member["tensor"], str(member["dim"]), Text(member["layout"]))
+            first = [""] * 4
+        if len(row["members"]) > _MEMBERS:
+            table.add_row(*first, Text(f"… {len(row['members']) - _MEMBERS} more; all of them with --json", "dim"))
+    stays = _table("cannot be cut", "kind", ">channels", "because")
+    for row in whole:
+        stays.add_row(row["name"], row["kind"], str(row["size"]), row["reason"])
+    kinds = [Text.assemble((kind, "bold"), (f": {text}", "dim")) for kind, text in found["kinds"].items()]
+    parts: list[RenderableType] = [table] if free else []
+    return Group(*parts, *([stays] if whole else []), Text(f"{len(free)} groups can be cut, {len(whole)} cannot."), *kinds)
 
 
 def times(rows: Iterable[Mapping[str, Any]], verdict: str) -> RenderableType:

@@ -196,6 +196,19 @@ def test_analyze_shows_every_layer_and_the_total(task_file: Path) -> None:
     assert "5.00 k" in done.stdout
 
 
+def test_analyze_shows_groups_and_why_some_stay(task_file: Path) -> None:
+    done = multum("analyze", task_file, "--groups")
+    assert done.exit_code == 0, done.stderr
+    assert re.search(r"first:out +neurons +64 +73 +first.weight +0 +\[64\]", done.stdout)
+    assert re.search(r"last:out +channels +4 +it is an output of the model", done.stdout)
+    assert "2 groups can be cut, 1 cannot." in done.stdout
+    assert "neurons: a number that linear layers make" in done.stdout
+    found = json.loads(multum("analyze", task_file, "--groups", "--json").stdout)
+    assert [(row["name"], row["size"], len(row["members"])) for row in found["groups"]] == [
+        ("first:out", 64, 3), ("second:out", 64, 3), ("last:out", 4, 2),
+    ]  # fmt: skip
+
+
 def test_steps_lists_each_with_its_options_and_source() -> None:
     rows = json.loads(multum("steps", "--json").stdout)
     assert {"prune.Channels", "quantize.Static", "quantize.WeightOnly", "distill.Logits"} <= {row["name"] for row in rows}
