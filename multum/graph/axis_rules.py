@@ -141,12 +141,12 @@ def _channels(trace: Trace, node: fx.Node, weight_dims: int) -> Axis:
 def _convolved(trace: Trace, node: fx.Node, weight: Axes, outputs: Axis, group: Axis) -> Axes:
     x, spatial = trace.argument(node, "input"), len(weight) - 2
     fix_all(weight[2:], "it is the window of a convolution")
-    fix_all(x[len(x) - spatial :], f"{node.target} slides over it")
+    fix_all(x[len(x) - spatial :], f"{name_of(node)} slides over it")
     for bias in trace.argument(node, "bias"):
         unify(bias, outputs)
     if group.size > 1:
         trace.literal(node, "groups", lambda kept: kept(group))
-    return (*x[: -spatial - 1], outputs, *fixed(shape(node)[-spatial:], f"{node.target} slides over it"))
+    return (*x[: -spatial - 1], outputs, *fixed(shape(node)[-spatial:], f"{name_of(node)} slides over it"))
 
 
 @rule(aten.embedding)

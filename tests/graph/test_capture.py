@@ -6,15 +6,16 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from multum import capture
 from multum.errors import CaptureError, GraphError
 from multum.graph import layers
 from multum.graph.file import from_data, to_data
 from multum.graph.model import aten
-from multum.testing import ZOO
+from multum.testing import CONFIGS, CORE, ZOO
 
-BY_HAND = [name for name in ZOO if name not in ("bert", "distilbert", "vit", "gpt2", "llama", "t5_encoder")]
+MODELS = [name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
 
 
 def flat(value):
@@ -40,8 +41,10 @@ class Lambda(nn.Module):
         return self.function(self, *args, **kwargs)
 
 
-@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("name", MODELS)
 def test_eval_equals_the_model(name):
+    if name in CONFIGS:
+        pytest.importorskip("transformers")
     model, example = ZOO[name]()
     graph = capture(model, example)
     assert not graph.training
@@ -50,11 +53,61 @@ def test_eval_equals_the_model(name):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "distilbert", "vit", "gpt2", "llama", "t5_encoder"])
-def test_transformers_equal_the_model(name):
-    pytest.importorskip("transformers")
-    test_eval_equals_the_model(name)
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal])
+def test_weights_that_are_computed_from_tensors_are_computed_once(norm):
+    shared = norm(nn.Linear(6, 6))
+    model = nn.Sequential(nn.Linear(4, 6), shared, nn.ReLU(), shared, nn.Conv1d(1, 2, 3)).eval()
+    model.forward = lambda x: model[4](model[3](model[2](model[1](model[0](x))))[:, None])
+    graph = capture(model, torch.randn(2, 4))
+    assert [layer.weight for layer in layers(graph)] == ["0.weight", "1.weight", "1.weight", "4.weight"]
+    assert {name for name, _ in graph.named_tensors()} == {f"{place}.{kind}" for place in (0, 1, 4) for kind in ("weight", "bias")}
+    assert graph.tensor("1.weight").requires_grad
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(graph(x), model(x))
+
+
+def test_a_weight_that_is_computed_from_data_stays_computed():
+    model = Lambda(lambda m, x: nn.functional.linear(x, (x * m.scale).sum(0, keepdim=True)))
+    assert [name for name, _ in capture(model, torch.randn(2, 3)).named_tensors()] == ["scale"]
+
+
+class Computed(nn.Module):
+    def __init__(self, compute):
+        super().__init__()
+        self.encode, self.bias, self.compute = nn.Linear(4, 3), nn.Parameter(torch.randn(4)), compute
+
+    def forward(self, x):
+        return nn.functional.linear(self.encode(x), self.compute(self.encode.weight), self.bias)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda w: 2 * w.t(),  # the decoder of a tied autoencoder
+        lambda w: torch.rand(4, 3) * w.t(),
+    ],
+)
+def test_a_weight_that_shares_a_parameter_or_is_random_stays_computed(compute):
+    graph = capture(Computed(compute), torch.randn(2, 4))
+    assert {name for name, _ in graph.named_tensors()} == {"encode.weight", "encode.bias", "bias"}
+
+
+def test_a_weight_with_noise_stays_noisy():
+    noisy = Lambda(lambda m, x: nn.functional.linear(x, m.scale + torch.randn(3, 3)))
+    graph = capture(noisy, torch.randn(2, 3))
+    x = torch.randn(2, 3)
+    assert not torch.equal(graph(x), graph(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell, functools.partial(nn.RNNCell, nonlinearity="relu")])
+def test_cells_are_written_out_as_linear_layers(cell, bias):
+    model = cell(3, 4, bias=bias)
+    state = (torch.randn(2, 4), torch.randn(2, 4)) if isinstance(model, nn.LSTMCell) else torch.randn(2, 4)
+    graph = capture(model, (torch.randn(2, 3), state))
+    assert [layer.kind for layer in layers(graph)] == ["linear", "linear"]
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(graph(x, state), model(x, state))
 
 
 def test_training_equals_the_model_with_gradients_and_running_statistics():

@@ -11,7 +11,7 @@ from multum.graph import Graph, capture, layers
 from multum.graph.fuse import fuse
 from multum.graph.model import aten
 from multum.task import call, tensors
-from multum.testing import ZOO
+from multum.testing import CONFIGS, CORE, ZOO
 
 FASHION = Path(__file__).parents[2] / "examples" / "fashion_mnist"
 
@@ -190,8 +190,10 @@ def test_other_padding_stays(pad: nn.Module) -> None:
     assert fuse(graph) == []
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
 def test_every_kind_of_model_computes_the_same(name: str) -> None:
+    if name in CONFIGS:
+        pytest.importorskip("transformers")
     model, example = ZOO[name]()
     graph = capture(settle(model), example)
     fuse(graph)

@@ -20,7 +20,7 @@ from multum.quantize import Static, WeightOnly
 from multum.quantize.placement import place
 from multum.step import Recipe, compress
 from multum.task import Task
-from multum.testing import CHECKS, SLOW_CHECKS, ZOO, Trial
+from multum.testing import CHECKS, CORE, SLOW_CHECKS, ZOO, Trial
 
 FASHION = Path(__file__).parents[2] / "examples" / "fashion_mnist"
 WEIGHT = aten._fake_quantize_learnable_per_channel_affine.default
@@ -342,7 +342,7 @@ def test_a_pattern_without_a_match_is_refused(resnet: Task) -> None:
 # --- every kind of model ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=ZOO)
+@pytest.fixture(scope="module", params=[name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
 def trial(request: pytest.FixtureRequest) -> Trial:
     return Trial(Static(samples=4), request.param)
 

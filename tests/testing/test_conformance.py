@@ -7,11 +7,10 @@ import pytest
 from multum import capture
 from multum.errors import CaptureError
 from multum.step import methods
-from multum.testing import CHECKS, SLOW_CHECKS, ZOO, Trial
+from multum.testing import CHECKS, CONFIGS, SLOW_CHECKS, ZOO, Trial
 from multum.testing.zoo import branching
 
 STEPS = {name: step for name, step in methods().items() if step.stage is not None}  # training has tests of its own
-TRANSFORMERS = {"bert", "distilbert", "vit", "gpt2", "llama", "t5_encoder"}
 FAST = ("resnet", "tied_weights", "tuple_inputs")
 
 
@@ -30,7 +29,7 @@ CASES = [case(step, model, check) for model in ZOO for step in STEPS for check i
 
 @pytest.mark.parametrize(("step", "model", "check"), CASES)
 def test_step(step, model, check):
-    if model in TRANSFORMERS:
+    if model in CONFIGS:
         pytest.importorskip("transformers")
     check(trial(step, model))
 
