@@ -93,12 +93,22 @@ def _settle_layouts(graph: Graph) -> None:
             user.replace_input_with(attention, copied)
 
 
+def _projects(lstm: fx.Node) -> bool:
+    """Whether the layer makes its hidden state smaller than its cell."""
+    hidden, cell = (state.meta["val"] for state in lstm.args[1])  # type: ignore[union-attr]
+    return bool(hidden.shape != cell.shape)
+
+
 def _translate(graph: Graph, inputs: list[str], outputs: list[str]) -> Any:
+    from torch._decomp.decompositions import lstm_impl
+
     leaves = tuple(graph._example_leaves())
     dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in batched(leaves))
     try:
         with torch.no_grad():
             exported = torch.export.export(fx.GraphModule(graph.tensors, graph.fx), leaves, dynamic_shapes=dynamic, strict=False)
+        if any(map(_projects, graph.find(aten.lstm.input))):  # which ONNX's own LSTM cannot
+            exported = exported.run_decompositions({aten.lstm.input: lstm_impl})
         return torch.onnx.export(
             exported,
             opset_version=OPSET,
