@@ -21,7 +21,7 @@ from multum.graph import Graph, layers
 from multum.graph.file import to_data
 from multum.graph.model import aten
 from multum.graph.spec import spec_of
-from multum.testing import ZOO
+from multum.testing import CONFIGS, ZOO
 
 PER_CHANNEL = aten.fake_quantize_per_channel_affine.default
 LEARNABLE = aten._fake_quantize_learnable_per_channel_affine.default
@@ -110,7 +110,7 @@ FAST = ("resnet", "keyword_inputs")
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
 def test_every_model_of_the_zoo(name):
-    if name in ("bert", "distilbert", "vit", "gpt2", "llama", "t5_encoder"):
+    if name in CONFIGS:
         pytest.importorskip("transformers")
     model, example = ZOO[name]()
     graph = capture(model, example)
