@@ -37,7 +37,7 @@ def photos() -> None:
 
 
 def measure(task: multum.Task, photos: multum.task.Batches | None = None) -> None:
-    before = score(task, task.original)
+    before, kept = score(task, task.original), [(data, outputs(task.original, data)) for data in ((photos, task.test) if photos else ())]
     print(f"{task.name}: {before:.2f}", flush=True)
     for step in STEPS:
         start = time.process_time()
@@ -49,8 +49,8 @@ def measure(task: multum.Task, photos: multum.task.Batches | None = None) -> Non
         if widths:
             row += f", {1 - sum(kept for kept, _ in widths) / sum(of for _, of in widths):.1%} of the channels of {len(widths)} groups off"
         row += f"; {seconds:.0f} s of one core"
-        for data in (photos, task.test) if photos is not None else ():
-            same = agreement(outputs(task.original, data), outputs(result.graph, data))
+        for data, wanted in kept:
+            same = agreement(wanted, outputs(result.graph, data))
             row += f"; agreement {same:.1f} % of {'all photos' if data is photos else 'those that are scored'}"
         print(row, result.records[0].measured, flush=True)
     with tempfile.TemporaryDirectory() as scratch:

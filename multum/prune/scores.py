@@ -83,7 +83,7 @@ def obs(evidence: Evidence, groups: Groups, group: Group) -> Tensor:
     scores = torch.zeros(group.size, dtype=torch.double, device=evidence.device)
     if not readers:
         shares = magnitude(evidence, groups, group).square().sort()
-        return scores.scatter_(0, shares.indices, shares.values.cumsum(0) / shares.values.sum())
+        return scores.cpu().scatter_(0, shares.indices, shares.values.cumsum(0) / shares.values.sum())
     while len(left):
         costs, order = torch.stack([reader.costs(left) for reader in readers]).sum(0).sort(stable=True)
         count = math.ceil(group.size / _ROUNDS)
