@@ -54,7 +54,8 @@ def pairs(layer: Layer, value: Tensor, result: Tensor | None, weight: torch.Size
     unit = unit.repeat(groups, *[1] * (len(weight) - 1))
     size = max(1, _CHUNK // (groups * height * math.prod(shape(layer.node)[2:]) * value.element_size()))
     for part, own in zip(torch.split(value, size), torch.split(value if result is None else result, size), strict=True):
-        windows: Tensor = layer.node.target(part, unit, None, *layer.node.args[3:])  # type: ignore[operator]
+        whole = weight[2:].numel() == 1 and part.shape[2:] == shape(layer.node)[2:]  # each place is its own window
+        windows: Tensor = part if whole else layer.node.target(part, unit, None, *layer.node.args[3:])  # type: ignore[operator]
         found = windows.transpose(0, 1).reshape(groups, height, -1)
         yield found, found if result is None else own.transpose(0, 1).reshape(groups, -1, found.shape[2])
 

@@ -99,11 +99,12 @@ class Evidence:
         Layers that come next are taken along as far as memory allows: ask in order of execution.
         """
         if layer.name not in self._grams:
-            sizes = {other: _gram_bytes(other, self.graph) for other in layers(self.graph) if multiplies(other)}
-            names = [other.name for other in sizes]
+            known = [other for other in layers(self.graph) if multiplies(other)]
             wanted, left = list[Layer](), GRAMS
-            for other in list(sizes)[names.index(layer.name) :]:
-                left -= sizes[other]
+            for other in known[[other.name for other in known].index(layer.name) :]:
+                if wanted and self.graph.tensor(other.weight).shape[1 - other.axis] == 1:
+                    continue  # depthwise: no channel is read together with another, nobody asks
+                left -= _gram_bytes(other, self.graph)
                 if wanted and left < 0:
                     break
                 wanted.append(other)

@@ -19,7 +19,7 @@ from ..task import Task, batch_size, calibration, rows
 from .deviation import Deviation
 from .obs import restored
 
-MEMORY = 1 << 29  # bytes of results that are held at once; less samples are taken where they do not fit
+MEMORY = 1 << 31  # bytes of results that are held at once; less samples are taken where they do not fit
 
 
 @dataclass
@@ -180,11 +180,12 @@ def _restate(graph: Graph, node: fx.Node, values: list[Tensor], wanted: list[Ten
 def _moments(values: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel."""
     others = [dim for dim in range(values[0].ndim) if dim != 1]
-    count = sum(value[:, 0].numel() for value in values)
-    centre = torch.stack([value.double().sum(others) for value in values]).sum(0) / count
-    shape = [-1 if dim == 1 else 1 for dim in range(values[0].ndim)]
-    squares = torch.stack([(value.double() - centre.reshape(shape)).square().sum(others) for value in values]).sum(0)
-    return centre, squares / count
+    counts = torch.tensor([[value[:, 0].numel()] for value in values], device=values[0].device)
+    spreads, centres = (
+        torch.stack(found).double() for found in zip(*(torch.var_mean(value, others, correction=0) for value in values), strict=True)
+    )
+    centre = (counts * centres).sum(0) / counts.sum()
+    return centre, (counts * (spreads + (centres - centre).square())).sum(0) / counts.sum()
 
 
 def _feeds_norm(node: fx.Node) -> bool:
