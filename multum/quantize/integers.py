@@ -41,14 +41,14 @@ def choose_integers(
     pairs = [(layer, twins[layer.name]) for layer in layers(graph) if layer.name in plan]
     free = {layer.name for layer in correctable(graph)} if biases else set()
     found = {}
-    for stage in _stages(pairs):
+    for stage in stages(pairs):
         for layer, moments in gather(graph, original, stage, task, samples).items():
             quantize_weight(graph, layer, plan[layer.name]["bits"])
             found[layer.name] = _round(graph, layer, moments, plan[layer.name]["rounding"], layer.name in free)
     return found
 
 
-def _stages(pairs: list[tuple[Layer, Layer]]) -> Iterator[list[tuple[Layer, Layer]]]:
+def stages(pairs: list[tuple[Layer, Layer]]) -> Iterator[list[tuple[Layer, Layer]]]:
     """In order of execution; all uses of a weight are in one stage."""
     weights = list(dict.fromkeys(layer.weight for layer, _ in pairs))
     size = max(1, -(-len(weights) // _STAGES))

@@ -110,7 +110,7 @@ def _steps(share: float, bits: float, integer: bool, trains: bool, codes: bool) 
         if trains:
             yield Logits(epochs=1.0 if share > 0.3 else 0.5)
     if codes:
-        yield RateDistortion(bits=max(bits, _START) if trains else bits)
+        yield RateDistortion(bits=max(bits, _START) if trains else bits, rounding="nearest")  # training chooses better than any rounding
         if trains:
             yield Logits(bits=bits, epochs=_EPOCHS_CODED)
     elif bits < 8:

@@ -43,7 +43,7 @@ def test_entropy_by_hand() -> None:
 @given(bits=st.floats(0.1, 3.5))
 @settings(max_examples=12, deadline=None)
 def test_the_integers_have_the_entropy_that_was_asked_for(bits: float) -> None:
-    graph = compress(network(), RateDistortion(bits=bits)).graph
+    graph = compress(network(), RateDistortion(bits=bits, rounding="nearest")).graph
     assert measured(graph) == pytest.approx(bits, abs=0.03)
 
 
@@ -65,7 +65,9 @@ def test_a_layer_has_one_step_size_in_proportion_to_its_weights_and_edges_are_fi
 def test_coded_size_follows_the_bits(tmp_path) -> None:
     import multum
 
-    sizes = [multum.save(compress(network(64), RateDistortion(bits=bits)), tmp_path / "a.mip") for bits in (3.0, 1.5, 0.5)]
+    sizes = [
+        multum.save(compress(network(64), RateDistortion(bits=bits, rounding="nearest")), tmp_path / "a.mip") for bits in (3.0, 1.5, 0.5)
+    ]
     weights = 2 * 64 * 64 * 9
     assert sizes[0] - sizes[1] == pytest.approx(1.5 * weights / 8, rel=0.06)
     assert sizes[1] - sizes[2] == pytest.approx(1.0 * weights / 8, rel=0.06)
@@ -73,20 +75,22 @@ def test_coded_size_follows_the_bits(tmp_path) -> None:
 
 @pytest.mark.parametrize(("start", "bits"), [(1.5, 0.8), (2.5, 2.0)])
 def test_training_brings_the_entropy_down_to_what_is_asked(start: float, bits: float) -> None:
-    result = compress(network(), Recipe([RateDistortion(bits=start), Logits(epochs=4, bits=bits)]))
+    result = compress(network(), Recipe([RateDistortion(bits=start, rounding="nearest"), Logits(epochs=4, bits=bits)]))
     assert measured(result.graph) < 1.06 * bits
     assert result.records[-1].measured["bits"] <= 1.06 * bits
 
 
 def test_training_without_a_rate_lets_the_file_grow_and_the_rate_forbids_it() -> None:
-    free, held = (compress(network(), [RateDistortion(bits=0.6), Logits(epochs=3, bits=bits)]).graph for bits in (None, 0.6))
+    free, held = (
+        compress(network(), [RateDistortion(bits=0.6, rounding="nearest"), Logits(epochs=3, bits=bits)]).graph for bits in (None, 0.6)
+    )
     assert measured(held) < 0.65
     assert measured(free) > measured(held)
 
 
 def test_a_rate_that_is_not_exceeded_costs_nothing() -> None:
     task = network()
-    graph = compress(task, RateDistortion(bits=1.0)).graph.requires_grad_(True)
+    graph = compress(task, RateDistortion(bits=1.0, rounding="nearest")).graph.requires_grad_(True)
     rate = Rate(3.0)
     rate.join(graph)
     for step in range(0, 400, 8):
@@ -95,7 +99,7 @@ def test_a_rate_that_is_not_exceeded_costs_nothing() -> None:
 
 
 def test_the_term_falls_when_weights_shrink() -> None:
-    graph = compress(network(), RateDistortion(bits=1.5)).graph.requires_grad_(True)
+    graph = compress(network(), RateDistortion(bits=1.5, rounding="nearest")).graph.requires_grad_(True)
     rate = Rate(1.0)
     rate.join(graph)
     before = float(rate.term().detach())
