@@ -23,7 +23,7 @@ from multum.graph import layers
 from multum.graph.fuse import fuse
 from multum.quantize.bound import lower_bound
 from multum.quantize.grid import full_scale, signed
-from multum.quantize.integers import solved
+from multum.quantize.integers import damped
 from multum.quantize.moments import as_rows, gather
 from multum.quantize.rounding import ROUNDINGS, Problem
 
@@ -53,9 +53,13 @@ def problems(task: multum.Task, bits: int):
         weight = graph.tensor(layer.weight).detach()
         grid = signed(bits, layer.axis)
         rows = as_rows(weight, layer)
-        H, target = solved(moments, rows, centred=True)
         scale = as_rows(grid.broadcast(full_scale(weight, grid), weight.ndim).expand_as(weight), layer)
-        yield layer.name, Problem(target, scale, H, torch.full_like(rows, grid.low), torch.full_like(rows, grid.high)).between()
+        yield (
+            layer.name,
+            Problem(
+                rows, scale, damped(moments, centred=True), torch.full_like(rows, grid.low), torch.full_like(rows, grid.high)
+            ).between(),
+        )
 
 
 def main() -> None:

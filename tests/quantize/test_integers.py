@@ -1,4 +1,4 @@
-"""Integers of weights that are chosen from data: each layer makes up for what was lost before it."""
+"""Integers of weights that are chosen from data: biases make up for means that were lost."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from multum.graph import Graph, layers
 from multum.graph.file import quantized_weights, to_integers
 from multum.graph.model import read
 from multum.quantize import Static, WeightOnly
+from multum.quantize.integers import choose_integers
 from multum.quantize.rounding import ROUNDINGS
 from multum.step import compress
 from multum.task import Task
@@ -54,16 +55,18 @@ def test_every_method_helps_and_says_how_much(method: str) -> None:
         assert 0 < found["rounded"] < found["nearest"] < 1
 
 
-def test_a_later_layer_makes_up_for_an_earlier_one() -> None:
-    """The second layer is told what the first has become: alone on the exact inputs it would leave more."""
+def test_biases_make_up_for_the_means_that_were_lost() -> None:
     torch.manual_seed(0)
     task = small(nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 12)), 12)
-    together = compress(task, WeightOnly(bits=3, edges=3)).graph
-    apart = compress(task, WeightOnly(bits=3, edges=3)).graph
-    alone = compress(task, WeightOnly(bits=3, edges=3, include="2")).graph
-    for name in ("2.weight", "2.weight_scale", "2.bias"):
-        apart.set_tensor(name, alone.tensor(name))
-    assert error(together, task) < 0.95 * error(apart, task)
+    x = torch.cat([x for x, _ in task.calibration])
+    original = task.original.copy()
+    graph = task.original.copy()
+    entry = {"bits": 3, "rounding": "gptq"}
+    choose_integers(graph, original, {"0": entry, "2": entry}, task, 128)
+    shifted = (graph(x) - original(x)).detach()
+    choose_integers(graph := task.original.copy(), original, {"0": entry, "2": entry}, task, 128, biases=False)
+    assert shifted.mean(0).norm() < 0.01 * original(x).norm(dim=1).mean()
+    assert shifted.mean(0).norm() < 0.2 * (graph(x) - original(x)).mean(0).norm()
 
 
 def test_integers_stay_on_the_grid_that_was_asked_for() -> None:
