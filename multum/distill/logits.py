@@ -12,7 +12,7 @@ from ..graph.layers import QUANTIZERS
 from ..step import Plan, Step, option
 from ..task import Task
 from ..train import Rate, Training
-from .teacher import ALPHA, TEMPERATURE, default_rate, recover
+from .teacher import ALPHA, TEMPERATURE, Hint, default_rate, recover
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ class Logits(Step):
         return Plan({"*": change | {"temperature": self.temperature, "alpha": alpha}})
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
-        alpha = plan.changes["*"]["alpha"]
-        companions = [] if self.bits is None else [Rate(self.bits)]
-        return recover(graph, task, self._training(graph), workdir, companions, self.temperature, alpha)
+        return self._learn(graph, plan, task, workdir)
+
+    def _learn(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None, hint: Hint | None = None) -> dict[str, Any]:
+        alpha, companions = plan.changes["*"]["alpha"], [] if self.bits is None else [Rate(self.bits)]
+        return recover(graph, task, self._training(graph), workdir, companions, self.temperature, alpha, hint)
 
     def _training(self, graph: Graph) -> Training:
         rate = default_rate(graph, self.optimizer) if self.learning_rate is None else self.learning_rate

@@ -39,6 +39,161 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
 
 
+def standardized(logits: Tensor, dim: int = -1) -> Tensor:
+    """Logits with mean 0 and deviation 1 over the classes: only their pattern is learned (Sun et al. 2024, section 3.3)."""
+    logits = logits.float()
+    return (logits - logits.mean(dim, keepdim=True)) / (logits.std(dim, keepdim=True, correction=0) + 1e-7)
+
+
+def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float = 1.0, beta: float = 8.0) -> Tensor:
+    """Soft labels in two parts, [n, classes] and labels [n]: how sure of the labelled class (`alpha`), and which others (`beta`).
+
+    Zhao et al. 2022 (DKD), equation 7; times the square of the temperature.
+    """
+    ours, theirs = student.float() / temperature, teacher.float() / temperature
+    labelled = F.one_hot(labels, ours.shape[1]).bool()
+
+    def two(logits: Tensor) -> Tensor:
+        sure = F.log_softmax(logits, 1)[labelled]
+        return torch.stack([sure, torch.log1p(-sure.exp().clamp(max=1 - 1e-7))], 1)
+
+    def rest(logits: Tensor) -> Tensor:
+        return F.log_softmax(logits[~labelled].view(len(logits), -1), 1)
+
+    target, others = (F.kl_div(f(ours), f(theirs), reduction="batchmean", log_target=True) for f in (two, rest))
+    return (alpha * target + beta * others) * temperature**2
+
+
+def correlated(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """One minus Pearson's correlation of the probabilities [n, classes], of each sample over classes plus of each class over samples.
+
+    Huang et al. 2022 (DIST), equation 10.
+    """
+    ours, theirs = (F.softmax(logits.float() / temperature, 1) for logits in (student, teacher))
+    total: Tensor = _apart(ours, theirs) + _apart(ours.T, theirs.T)
+    return total * temperature**2
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    found: Tensor = (1 - F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)).mean()
+    return found
+
+
+def projected(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error [] of the teacher's channels from the best linear map of the student's, relative to the teacher's variance.
+
+    Both [n, channels, ...] or [n, positions, channels], of any numbers of channels. The hint of Romero et al. 2015 (FitNets, equation 3)
+    with the regressor solved for in each batch instead of learned: at its minimum it adds nothing to the gradient.
+    """
+    ours, theirs = (_rows(value) - _rows(value).mean(0) for value in (student, teacher))
+    with torch.no_grad():
+        gram = ours.T @ ours
+        ridge = 1e-3 * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram), device=gram.device)
+        regressor = torch.linalg.solve(gram + ridge, ours.T @ theirs)
+    error: Tensor = (ours @ regressor - theirs).square().sum() / theirs.square().sum().clamp_min(1e-12)
+    return error
+
+
+def patient(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of the values, each sample's of norm one (Sun et al. 2019 (PKD), equation 7): [n, ...] of the same shape."""
+    ours, theirs = (F.normalize(value.float().flatten(1), dim=1) for value in (student, teacher))
+    return (ours - theirs).square().sum(1).mean()
+
+
+def attention(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of where the energy lies, each sample's map of norm one: [n, channels, places ...] with the same places.
+
+    Zagoruyko & Komodakis 2017 (AT), equation 2 with p = 2.
+    """
+    ours, theirs = (F.normalize(value.float().square().mean(1).flatten(1), dim=1) for value in (student, teacher))
+    return (ours - theirs).square().sum(1).mean()
+
+
+def self_relations(student: Tensor, teacher: Tensor, heads: int) -> Tensor:
+    """KL divergence of how positions relate: softmax of the scaled products of queries, keys or values [n, positions, width].
+
+    Wang et al. 2021 (MiniLMv2), equation 5: widths are split into `heads` anew, so that they need not agree.
+    """
+    ours, theirs = (_relation(value.float(), heads) for value in (student, teacher))
+    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
+
+
+def _relation(value: Tensor, heads: int) -> Tensor:
+    parts = value.reshape(*value.shape[:-1], heads, -1).transpose(1, 2)
+    return F.log_softmax(parts @ parts.mT / parts.shape[-1] ** 0.5, -1)
+
+
+def distances(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber loss of the distances between samples, relative to their mean (Park et al. 2019 (RKD), equations 5 and 6): [n, ...]."""
+
+    def between(value: Tensor) -> Tensor:
+        flat = value.float().flatten(1)
+        squares = (flat[:, None] - flat[None]).square().sum(-1)
+        found = torch.where(squares > 0, squares.clamp_min(1e-12).sqrt(), 0.0)
+        return found / found[found > 0].mean() if bool((found > 0).any()) else found
+
+    return F.smooth_l1_loss(between(student), between(teacher))
+
+
+def angles(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber loss of the cosines of the angles between three samples (Park et al. 2019 (RKD), equations 8 and 9): [n, ...]."""
+
+    def between(value: Tensor) -> Tensor:
+        flat = value.float().flatten(1)
+        sides = F.normalize(flat[None] - flat[:, None], dim=2)
+        return sides @ sides.mT
+
+    return F.smooth_l1_loss(between(student), between(teacher))
+
+
+def similarities(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference of how alike samples are, [n, n] with rows of norm one (Tung & Mori 2019, equations 1 to 4): [n, ...]."""
+
+    def between(value: Tensor) -> Tensor:
+        flat = value.float().flatten(1)
+        return F.normalize(flat @ flat.T, dim=1)
+
+    return (between(student) - between(teacher)).square().sum() / len(student) ** 2
+
+
+def contrast(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:
+    """Cross-entropy of finding, for a sample of the student, the teacher's of the same sample in the batch: [n, ...].
+
+    As Tian et al. 2020 (CRD), section 3.1, with the batch for negatives and both sides' similarity to the batch's teacher in place of
+    learned embeddings, so that widths need not agree.
+    """
+    ours, theirs = (_relative_to(value) for value in (student, teacher))
+    return F.cross_entropy(ours @ theirs.T / temperature, torch.arange(len(ours), device=ours.device))
+
+
+def _relative_to(value: Tensor) -> Tensor:
+    flat = value.float().flatten(1)
+    flat = F.normalize(flat - flat.mean(0), dim=1)
+    return F.normalize(flat @ flat.T, dim=1)
+
+
+def flow(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Tensor:
+    """Relative squared error of the products of two places' channels, summed over positions (Yim et al. 2017 (FSP), equations 1 and 2).
+
+    (student, teacher) at the first and at the second place, [n, channels, ...] each; channels of student and teacher agree.
+    """
+    ours, theirs = (_flow(*pair) for pair in zip(before, after, strict=True))
+    return squared_error(ours, theirs)
+
+
+def _flow(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a.float().flatten(2), b.float().flatten(2)
+    if a.shape[2] != b.shape[2]:
+        a = F.adaptive_max_pool1d(a, b.shape[2])
+    return a @ b.mT / a.shape[2]
+
+
+def _rows(value: Tensor) -> Tensor:
+    """Values as [n, channels], one row for each position."""
+    value = value.float()
+    return value.flatten(2).transpose(1, 2).flatten(0, 1) if value.ndim >= 4 else value.reshape(-1, value.shape[-1])
+
+
 def imitation(student: Any, teacher: Any, targets: Any, temperature: float) -> Tensor:
     """The sum over all floating-point outputs: soft labels for logits of classes, relative squared error for the rest.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..graph import Graph
 from ..graph.fuse import fuse
@@ -19,12 +19,26 @@ from .losses import imitation
 TEMPERATURE, ALPHA = 4.0, 0.9
 
 
-class Teacher:
-    """A copy of the original, fused, on the device and in the layout of the inputs it is asked with. Keeps no gradients."""
+# From the student's and the teacher's hidden values, in the same order, to a term of the loss; and the operators that give the teacher's.
+Hint = tuple[Callable[[list[Any], list[Any]], Tensor], Sequence[fx.Node]]
 
-    def __init__(self, original: Graph):
+
+class Teacher:
+    """A copy of the original, on the device and in the layout of the inputs it is asked with. Keeps no gradients.
+
+    Fused, unless that would lose one of the operators `seen`, whose results are in `hidden` after a call.
+    """
+
+    def __init__(self, original: Graph, seen: Sequence[fx.Node] = ()):
         self.graph = original.copy()
         fuse(self.graph)
+        if seen:
+            names = [node.name for node in seen]
+            if not set(names) <= {node.name for node in self.graph.fx.nodes}:
+                self.graph = original.copy()
+            known = {node.name: node for node in self.graph.fx.nodes}
+            self._open = self.graph.tap([known[name] for name in names])  # for as long as the teacher lives
+            self._open.__enter__()
         self.format = lay_out(self.graph)
         self.device = torch.device("cpu")
 
@@ -34,7 +48,9 @@ class Teacher:
         if device != self.device:
             self.graph.to(device)
             self.device = device
-        return call(self.graph, arrange(inputs, device, self.format))
+        outputs = call(self.graph, arrange(inputs, device, self.format))
+        self.hidden = self.graph.tapped
+        return outputs
 
 
 def recover(
@@ -45,13 +61,20 @@ def recover(
     companions: Sequence[Companion] = (),
     temperature: float = TEMPERATURE,
     alpha: float = ALPHA,
+    hint: Hint | None = None,
 ) -> dict[str, Any]:
-    """Trains `graph` in place toward the outputs of the original; the task's loss, where there is one, weighs 1 - `alpha`."""
-    teacher, own = Teacher(task.original), task.loss
+    """Trains `graph` in place toward the outputs of the original; the task's loss, where there is one, weighs 1 - `alpha`.
+
+    With a `hint` the graph is tapped at as many places, and the term over what it gives there is added.
+    """
+    teacher, own = Teacher(task.original, hint[1] if hint else ()), task.loss
     alpha = 1.0 if own is None else alpha
 
     def loss(inputs: Any, outputs: Any, targets: Any) -> Tensor:
-        total = alpha * imitation(outputs, teacher(inputs), targets, temperature) if alpha > 0 else torch.zeros(())
+        given = teacher(inputs) if alpha > 0 or hint else None
+        total = alpha * imitation(outputs, given, targets, temperature) if alpha > 0 else torch.zeros(())
+        if hint:
+            total = total + hint[0](graph.tapped, teacher.hidden)
         return total + (1 - alpha) * own(outputs, targets) if own and alpha < 1 else total
 
     return fit(graph, task, loss, how, workdir, companions)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,12 +41,31 @@ class Graph(nn.Module):
         self.inputs, self.outputs = inputs, outputs
         self.pinned: frozenset[str] = frozenset()  # operators that the author of the model made train always
         self.sparse: frozenset[str] = frozenset()  # weights whose zeros are meant, and stay: see sparse.py
+        self._taps = 0  # how many of the last results are not the user's
+        self.tapped: list[Any] = []
         self._run: Callable[..., tuple[Any, ...]]
         self.recompile()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves = spec.flatten((args, kwargs), self.inputs)
-        return spec.unflatten(list(self._run(self.tensors, *leaves)), self.outputs)
+        results = list(self._run(self.tensors, *leaves))
+        own = len(results) - self._taps
+        self.tapped = results[own:]
+        return spec.unflatten(results[:own], self.outputs)
+
+    @contextmanager
+    def tap(self, nodes: Sequence[fx.Node]) -> Iterator[None]:
+        """Inside, each call leaves the results of these operators in `tapped`, in their order, with their gradients."""
+        output = self.fx.output_node()
+        own = output.args
+        output.args = ((*own[0], *nodes),)  # type: ignore[misc]
+        self._taps = len(nodes)
+        self.recompile()
+        try:
+            yield
+        finally:
+            output.args, self._taps, self.tapped = own, 0, []
+            self.recompile()
 
     # --- the operators ---------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import multum
-from multum.distill import Logits
+from multum.distill import Attention, Hidden, Logits, Relations
 from multum.errors import StepError
 from multum.pack import describe
 from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
@@ -29,8 +29,11 @@ SHORT = {
     "prune.Rewind": Rewind(),
     "prune.Shrink": Shrink(ratio=0.25, epochs=0.2),
     "prune.Weights": Weights(samples=16),
+    "distill.Attention": Attention(epochs=0.2),
+    "distill.Hidden": Hidden(epochs=0.2),
     "distill.Logits": Logits(epochs=0.2),
     "quantize.Activations": Activations(),
+    "distill.Relations": Relations(epochs=0.2),
     "quantize.Aware": Aware(samples=16, epochs=0.2),
     "quantize.Mixed": Mixed(samples=16, trials=4),
     "quantize.Static": Static(),
@@ -79,7 +82,9 @@ def test_a_fresh_process_gives_the_same_outputs(task, tmp_path, pairs):
 
 def test_so_do_those_that_need_attention(tmp_path):
     pytest.importorskip("transformers")
-    load_elsewhere(attentive("vit"), [(Heads(),), (Neurons(), Static()), (Heads(), Neurons(), Half())], tmp_path, 3)
+    load_elsewhere(
+        attentive("vit"), [(Heads(),), (Neurons(), Static()), (Heads(), Neurons(), Half()), (Attention(epochs=0.2),)], tmp_path, 4
+    )
 
 
 def load_elsewhere(task, recipes, tmp_path, least):
@@ -105,7 +110,7 @@ def load_elsewhere(task, recipes, tmp_path, least):
         torch.testing.assert_close(loaded[name], y, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-OTHERS = (Rewind(), Heads(), Neurons())  # need zeros, or attention
+OTHERS = (Rewind(), Heads(), Neurons(), SHORT["distill.Attention"])  # need zeros, or attention
 
 
 @pytest.mark.parametrize("step", [step for step in SHORT.values() if step not in OTHERS], ids=str)
