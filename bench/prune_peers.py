@@ -102,6 +102,7 @@ METHODS = {"multum": ours, "magnitude": theirs("magnitude"), "taylor": theirs("t
 
 def measure(method: str, share: float, seed: int, epochs: float) -> dict[str, object]:
     task = replace(multum.load_task(ROOT / "examples/fashion_mnist/task.py"), seed=seed)
+    task.train.random.manual_seed(seed)  # the order of the images, and how they are shifted
     torch.manual_seed(seed)
     begin = time.perf_counter()
     graph = METHODS[method](task, share, seed)
