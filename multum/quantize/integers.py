@@ -1,6 +1,6 @@
 """The integers of weights, chosen from data: layer after layer, for the inputs that those before it make.
 
-Weights do not make up for what layers before them lost, though least squares would say how: on pictures like those of the calibration that
+Weights that stay as they are rounded do not make up for what layers before them lost (`solved`), though least squares would say how: on pictures like those of the calibration that
 gains a little, on others it takes most of what rounding well had gained (`bench/RESULTS.md`). Biases do, for the means.
 """
 
@@ -85,11 +85,21 @@ def _round(graph: Graph, layer: Layer, moments: Moments, method: str, centred: b
 
 def damped(moments: Moments, centred: bool) -> Tensor:
     """H [groups, inputs, inputs], kept away from zero where the data say nothing."""
-    H = moments.matrix(centred)
+    H, _ = moments.matrices(centred)
     raw = moments.second.diagonal(dim1=-2, dim2=-1) / moments.count
     # the last two: what rounding errors leave of inputs that are constant, or zero
     ridge = _DAMPING * H.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-5 * raw.mean(-1) + 1e-6 * raw.mean() + SMALLEST_SCALE
     return H + ridge[:, None, None] * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+
+
+def solved(moments: Moments, w: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """H, and the real weights that make of the inputs x what comes closest to what `w` made of x0, both [groups, ...].
+
+    Worth it where training follows, or the data are like those of the calibration.
+    """
+    H, (bare, cross) = damped(moments, centred), moments.matrices(centred)
+    loose = bare + (H - bare) * max(1.0, H.shape[-1] / moments.count / _DAMPING)
+    return H, w + torch.linalg.solve(loose, (w @ (cross - bare)).mT).mT
 
 
 @dataclass(frozen=True)

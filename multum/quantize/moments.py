@@ -24,10 +24,12 @@ TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.c
 class Moments:
     """Sums over the vectors x that the rows of a weight meet, and over x0, the same in the network in float.
 
-    `second` is the sum of x x' [groups, inputs, inputs]; `first` and `first0` are those of x and x0 [groups, inputs].
+    `second` is the sum of x x' and `cross` that of x0 x' [groups, inputs, inputs]; `first` and `first0` are those of x and x0
+    [groups, inputs].
     """
 
     second: Tensor
+    cross: Tensor
     first: Tensor
     first0: Tensor
     count: int = 0
@@ -35,14 +37,19 @@ class Moments:
     def add(self, x0: Tensor, x: Tensor) -> None:
         """Takes in vectors [groups, n, inputs]."""
         self.second += x.mT @ x
+        self.cross += x0.mT @ x
         self.first += x.sum(1)
         self.first0 += x0.sum(1)
         self.count += x.shape[1]
 
-    def matrix(self, centred: bool) -> Tensor:
-        """The mean of x x' [groups, inputs, inputs]; centred when the bias makes up for the means."""
-        second, first = self.second / self.count, self.first / self.count
-        return second - first[:, :, None] * first[:, None, :] if centred else second
+    def matrices(self, centred: bool) -> tuple[Tensor, Tensor]:
+        """The means of x x' and of x0 x' [groups, inputs, inputs]; centred when the bias makes up for the means."""
+        second, cross = self.second / self.count, self.cross / self.count
+        if centred:
+            first, first0 = self.first / self.count, self.first0 / self.count
+            second = second - first[:, :, None] * first[:, None, :]
+            cross = cross - first0[:, :, None] * first[:, None, :]
+        return second, cross
 
 
 def as_rows(value: Tensor, layer: Layer) -> Tensor:
@@ -90,7 +97,7 @@ def gather(graph: Graph, original: Graph, pairs: Sequence[tuple[Layer, Layer]], 
             x, leader = vectors(value, layer, samples, turn), first[layer.weight]
             if leader not in found:
                 square, line = x.new_zeros(len(x), x.shape[-1], x.shape[-1]), x.new_zeros(len(x), x.shape[-1])
-                found[leader] = Moments(square, line, line.clone())
+                found[leader] = Moments(square, square.clone(), line, line.clone())
             found[leader].add(kept.pop(layer), x)
 
     watch0, watch = Watch(original, places0, note), Watch(graph, places, see)
