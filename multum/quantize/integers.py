@@ -1,7 +1,7 @@
 """The integers of weights, chosen from data: layer after layer, for the inputs that those before it make.
 
-Weights that stay as they are rounded do not make up for what layers before them lost (`solved`), though least squares would say how: on pictures like those of the calibration that
-gains a little, on others it takes most of what rounding well had gained (`bench/RESULTS.md`). Biases do, for the means.
+Weights do not make up here for what layers before them lost (`solved`, for methods that training follows): on pictures like those of the
+calibration that gains a little, on others it takes most of what rounding well had gained (`bench/RESULTS.md`). Biases do, for the means.
 """
 
 from __future__ import annotations
