@@ -26,7 +26,7 @@ from .moments import TRANSPOSED, Moments, as_rows, from_rows, gather
 from .rounding import ROUNDINGS, Problem, descend, gptq, nearest
 
 _STAGES = 12  # passes over the data at the most; the layers of one stage see each other's weights as they were
-DAMPING = 0.01  # of the mean of H's diagonal, added to it: what little data say nothing about
+_DAMPING = 0.01  # of the mean of H's diagonal, added to it: what little data say nothing about
 _AT_ONCE = 1 << 24  # weights, for all candidates that are tried together
 _PARTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of the scale that clips nothing, tried in turn
 
@@ -88,7 +88,7 @@ def damped(moments: Moments, centred: bool) -> Tensor:
     H, _ = moments.matrices(centred)
     raw = moments.second.diagonal(dim1=-2, dim2=-1) / moments.count
     # the last two: what rounding errors leave of inputs that are constant, or zero
-    ridge = DAMPING * H.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-5 * raw.mean(-1) + 1e-6 * raw.mean() + SMALLEST_SCALE
+    ridge = _DAMPING * H.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-5 * raw.mean(-1) + 1e-6 * raw.mean() + SMALLEST_SCALE
     return H + ridge[:, None, None] * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
 
 

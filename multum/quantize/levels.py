@@ -23,7 +23,7 @@ from ..graph.watch import Watch
 from ..task import Task, calibration
 from .grid import SMALLEST_SCALE
 from .insert import quantize_weight
-from .integers import DAMPING, damped, stages
+from .integers import solved, stages
 from .moments import TRANSPOSED, Moments, as_rows, from_rows, gather
 
 BITS = 8  # of the grid: no weight is clipped where steps are as coarse as here
@@ -227,13 +227,6 @@ def _refit(rows: Rows, q: Tensor, step: float) -> float:
     return products / squares if squares > 0 and products > 0 else step
 
 
-def solved(moments: Moments, w: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
-    """H, and the real weights that make of the inputs x what comes closest to what `w` made of x0, both [groups, ...]."""
-    plain, H = moments.matrix(centred), damped(moments, centred)
-    loose = plain + (H - plain) * max(1.0, H.shape[-1] / moments.count / DAMPING)
-    return H, w + torch.linalg.solve(loose, (w @ (moments.crossed(centred) - plain)).mT).mT
-
-
 def _norm(layer: Layer) -> fx.Node | None:
     """The batch normalization that alone reads the outputs of a layer."""
     users = list(layer.node.users)
@@ -247,7 +240,7 @@ def _makes_up(layer: Layer) -> bool:
 
 def _give_back(graph: Graph, layer: Layer, moments: Moments, old: Tensor, new: Tensor) -> None:
     """Restores the mean of the outputs, and where a normalization follows also their size, by least squares."""
-    H, cross = moments.matrix(True), moments.crossed(True)
+    H, cross = moments.matrices(True)
     first, first0 = (value[:, :, None] / moments.count for value in (moments.first, moments.first0))
     mean0, mean = (old @ first0).flatten(), (new @ first).flatten()
     norm = _norm(layer)

@@ -51,11 +51,6 @@ class Moments:
             cross = cross - first0[:, :, None] * first[:, None, :]
         return second, cross
 
-    def crossed(self, centred: bool) -> Tensor:
-        """The mean of x0 x' [groups, inputs, inputs], about the means of both when centred."""
-        cross, first, first0 = self.cross / self.count, self.first / self.count, self.first0 / self.count
-        return cross - first0[:, :, None] * first[:, None, :] if centred else cross
-
 
 def as_rows(value: Tensor, layer: Layer) -> Tensor:
     """A weight, or something of its shape, as rows that multiply input vectors [groups, rows, inputs]."""
