@@ -20,7 +20,7 @@ FLOORS = [
     {"step", "train"},
     {"analyze"},
     {"pack", "distill"},
-    {"prune", "quantize"},
+    {"prune", "factorize", "quantize"},
     {"runtime"},
     {"search", "report"},
     {"testing", "cli"},

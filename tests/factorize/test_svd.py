@@ -1,0 +1,135 @@
+"""Two layers for one: exact where the weight has a low rank, cheaper always, as good as a budget allows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from multum import Task, capture
+from multum.errors import StepError
+from multum.factorize import SVD
+from multum.factorize.ranks import Curve, by_budget, by_energy
+from multum.graph import layers
+from multum.quantize import WeightOnly
+from multum.step import compress
+
+
+def thin(module: nn.Module, rank: int) -> nn.Module:
+    """The module with a weight of this rank."""
+    matrix = module.weight.data.flatten(1)
+    module.weight.data = (torch.randn(matrix.shape[0], rank) @ torch.randn(rank, matrix.shape[1])).view_as(module.weight)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "example"),
+    [
+        (nn.Linear(20, 30), torch.randn(2, 4, 20)),
+        (nn.Linear(20, 30, bias=False), torch.randn(2, 20)),
+        (nn.Conv1d(8, 16, 5, stride=2, padding=1), torch.randn(2, 8, 20)),
+        (nn.Conv2d(8, 16, 3, stride=2, padding=1, dilation=2), torch.randn(2, 8, 9, 9)),
+        (nn.Conv2d(8, 16, 3, padding="same"), torch.randn(2, 8, 9, 9)),
+        (nn.Conv3d(4, 16, 3, bias=False), torch.randn(2, 4, 4, 4, 4)),
+        (nn.Embedding(40, 12), torch.randint(0, 40, (2, 7))),
+    ],
+)
+def test_a_weight_of_rank_two_becomes_two_layers_that_compute_the_same(module, example):
+    torch.manual_seed(0)
+    task = Task(nn.Sequential(thin(module, 2)).eval(), example)
+    result = compress(task, SVD(energy=0.999999))
+    assert [change["rank"] for change in result.records[0].changes.values()] == [2]
+    assert [layer.name for layer in layers(result.graph)] == ["0.factor0", "0.factor1"]
+    expected = task.original(example)
+    torch.testing.assert_close(result.graph(example), expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
+    assert result.records[0].parameters[1] < result.records[0].parameters[0]
+
+
+class Written(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.v, self.bias = (
+            nn.Parameter(torch.randn(20, 2) @ torch.randn(2, 30)),
+            nn.Parameter(torch.randn(30, 3)),
+            nn.Parameter(torch.randn(30)),
+        )
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.w) @ self.v
+
+
+def test_products_written_out_are_layers_too():
+    task = Task(Written(), torch.randn(2, 20))
+    graph = compress(task, SVD(energy=0.9999, include="w")).graph
+    assert [layer.name for layer in layers(graph)] == ["w_.factor0", "w_.factor1", "v"]
+    torch.testing.assert_close(graph(task.example), task.original(task.example), rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_pay_stays_with_the_reason():
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(8, 8, 2), nn.Flatten(), nn.Linear(200, 8), shared, shared)
+    with torch.no_grad():
+        model[3].weight[:] = nn.init.orthogonal_(torch.empty(8, 200))
+    plan = SVD(energy=0.99).plan(capture(model, torch.randn(2, 4, 6, 6)), None)
+    assert not plan.changes
+    reasons = [plan.skipped[name] for name in ("0", "1", "3", "4")]
+    assert reasons[:2] == ["it has groups", "it is a transposed convolution"]
+    assert reasons[2] == "the rank that keeps so much energy is 8, and two layers cost less only up to 7"
+    assert reasons[3] == "it shares its weight"
+
+
+@pytest.mark.parametrize("share", [0.7, 0.4])
+@pytest.mark.parametrize("kind", ["macs", "parameters"])
+def test_a_budget_is_kept_and_what_follows_still_works(kind, share):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(32 * 16, 40))
+    task = Task(model, torch.randn(2, 8, 8, 8))
+    result = compress(task, [SVD(**{kind: share}), WeightOnly()])
+    weights = {name: [9 * 8 * 32, 9 * 32 * 32, 512 * 40][place] for place, name in enumerate(("0", "2", "4"))}
+    places = {"0": 36, "2": 16, "4": 1} if kind == "macs" else dict.fromkeys("024", 1)
+    left = {layer.name: result.graph.tensor(layer.weight).numel() * places[layer.name[0]] for layer in layers(result.graph)}
+    whole = sum(weights[name] * places[name] for name in weights)
+    assert 0.85 * share * whole < sum(left.values()) <= share * whole
+    for name, change in result.records[0].changes.items():
+        if change["macs"][0]:
+            assert change["macs"][0] == weights[name] * {"0": 36, "2": 16, "4": 1}[name]
+            assert change["macs"][1] < change["macs"][0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(2, 12), st.integers(2, 12)), min_size=1, max_size=3), st.floats(0.55, 0.95), st.integers(0, 99))
+def test_no_single_step_to_another_rank_is_better_within_the_budget(sizes, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    curves = {}
+    for place, (rows, columns) in enumerate(sizes):
+        energy = torch.rand(min(rows, columns), generator=generator, dtype=torch.double).sort(descending=True).values
+        curves[str(place)] = Curve(energy, rows * columns, rows + columns)
+    whole = sum(curve.whole for curve in curves.values())
+    if sum(min(curve.whole, curve.each) for curve in curves.values()) > share * whole:
+        with pytest.raises(StepError, match="out of reach"):
+            by_budget(curves, share)
+        return
+    ranks = by_budget(curves, share)
+
+    def cost(chosen):
+        return sum(curve.each * chosen[name] if name in chosen else curve.whole for name, curve in curves.items())
+
+    def loss(chosen):
+        return sum(float(curves[name].lost()[rank - 1]) for name, rank in chosen.items())
+
+    assert cost(ranks) <= share * whole
+    for name, curve in curves.items():  # at this cost or less, nothing loses less
+        for rank in range(1, curve.most + 1):
+            other = ranks | {name: rank}
+            assert loss(other) >= loss(ranks) - 1e-9 or cost(other) > cost(ranks)
+
+
+def test_energy_is_kept():
+    curve = Curve(torch.tensor([8.0, 1.0, 1.0]), 100, 1)
+    assert [by_energy(curve, share) for share in (0.5, 0.8, 0.85, 0.95)] == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("options", [{"energy": 0}, {"energy": 1.0}, {"macs": 1.5}, {"macs": 0.5, "parameters": 0.5}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(StepError):
+        SVD(**options)
