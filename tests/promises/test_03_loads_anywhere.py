@@ -11,6 +11,7 @@ import torch
 import multum
 from multum.distill import Attention, Hidden, Logits, Relations
 from multum.errors import StepError
+from multum.factorize import SVD
 from multum.pack import describe
 from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
 from multum.quantize import Activations, Aware, Half, Mixed, RateDistortion, Static, WeightOnly
@@ -31,6 +32,7 @@ SHORT = {
     "prune.Weights": Weights(samples=16),
     "distill.Attention": Attention(epochs=0.2),
     "distill.Hidden": Hidden(epochs=0.2),
+    "factorize.SVD": SVD(parameters=0.5),
     "distill.Logits": Logits(epochs=0.2),
     "quantize.Activations": Activations(),
     "distill.Relations": Relations(epochs=0.2),
