@@ -47,12 +47,14 @@ def _same(node: fx.Node, value: Tensor) -> Tensor:
 def recover(graph: Graph, original: Graph, batches: Sequence[Any], fits: Mapping[str, Fit], select: Select) -> None:
     """Refits the weights of these layers, and moves the statistics of every batch norm, each seeing what those before it now make.
 
-    `original` has operators of the same names; `select` gives of a result in it what the graph still has.
+    What comes from an operator of `original` has its name; `select` gives of a result in it what the graph still has.
     """
     known = {layer.node: layer for layer in layers(graph) if layer.name in fits}
     new, old = Sweep(graph, batches), Sweep(original, batches)
-    twins = iter(old)
+    twins, names = iter(old), {node.name for node in original.fx.nodes}
     for node in new:
+        if node.name not in names:
+            continue  # an operator that the cut put in
         twin = next(twin for twin in twins if twin.name == node.name)
         if node in known:
             wanted = [select(twin, value) for value in old.run(twin)]

@@ -9,6 +9,7 @@ from multum.graph import surgery
 from multum.prune import recover as recover_
 from multum.prune.deviation import Deviation
 from multum.prune.recover import inputs, recover_cut
+from multum.testing.conformance import task as attentive
 
 
 class Network(nn.Module):
@@ -97,3 +98,9 @@ def test_deviation_is_relative_and_infinite_for_what_is_not_finite(task: Task) -
     assert deviation(graph) == pytest.approx(float(expected), rel=1e-4)
     graph.set_tensor("head.bias", torch.full((4,), float("nan")))
     assert deviation(graph) == float("inf")
+
+
+def test_operators_that_the_cut_puts_in_are_passed_over() -> None:
+    pytest.importorskip("transformers")
+    (record,) = compress(attentive("convnext_v2"), prune.Neurons()).records  # whose norm over channels is written anew
+    assert set(record.measured) == {"recovery", "off_before", "off_after"}
