@@ -23,11 +23,10 @@ from torch import nn
 
 import multum
 from multum.analyze.statistics import compare
-from multum.distill import recover
 from multum.graph import Graph, capture
 from multum.graph.axes import axes
 from multum.prune import Channels, counts
-from multum.train import Training
+from multum.train import Training, recover
 
 ROOT = Path(__file__).parents[1]
 LINES = ROOT / "out/bench/prune_peers.jsonl"

@@ -14,7 +14,7 @@ from ..graph import Graph
 from ..graph.model import aten
 from ..step import Plan, option
 from ..task import Task
-from . import losses
+from ..train import losses
 from .logits import Logits
 from .places import Pair, pairs
 

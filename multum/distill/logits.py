@@ -11,8 +11,8 @@ from ..graph import Graph
 from ..graph.layers import QUANTIZERS
 from ..step import Plan, Step, option
 from ..task import Task
-from ..train import Rate, Training
-from .teacher import ALPHA, TEMPERATURE, Hint, default_rate, recover
+from ..train import Rate, Training, default_rate, recover
+from ..train.teacher import ALPHA, TEMPERATURE, Hint
 
 
 @dataclass(frozen=True)

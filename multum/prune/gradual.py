@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..distill import default_rate, recover
 from ..errors import StepError, TrainError, near
 from ..graph import Graph, Layer, layers
 from ..graph.sparse import sparsify
 from ..step import Plan, Stage, Step, option
 from ..task import Task
-from ..train import Companion, Training
+from ..train import Companion, Training, default_rate, recover
 from .criteria import CRITERIA
 from .evidence import Evidence
 from .masks import maskable

@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..distill import default_rate, recover
 from ..errors import StepError
 from ..graph import Graph
 from ..graph.axes import Group, Groups, axes
 from ..step import Plan, option
 from ..task import Task
-from ..train import Companion, Training
+from ..train import Companion, Training, default_rate, recover
 from .cut import Cut, best
 
 _PENALTIES = ("growing", "lasso", "slimming", "none")

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from ..distill.teacher import ALPHA, TEMPERATURE, default_rate, recover
 from ..errors import StepError
 from ..graph import Graph, Layer
 from ..graph.fuse import fuse
@@ -19,6 +18,7 @@ from ..graph.model import _meta, aten, read
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from ..train import Training
+from ..train.teacher import ALPHA, TEMPERATURE, default_rate, recover
 from .grid import Grid, signed, unsigned
 from .observers import OBSERVERS, observe
 from .placement import operand

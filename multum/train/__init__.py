@@ -1,9 +1,22 @@
-"""The one training loop, and where its tensors lie."""
+"""The one training loop, where its tensors lie, and training toward the original."""
 
 from .companion import Companion
 from .layout import arrange, lay_out
 from .loop import Loss, fit
 from .optimizer import Training
 from .rate import Rate, entropy
+from .teacher import Teacher, default_rate, recover
 
-__all__ = ["Companion", "Loss", "Rate", "Training", "arrange", "entropy", "fit", "lay_out"]
+__all__ = [
+    "Companion",
+    "Loss",
+    "Rate",
+    "Teacher",
+    "Training",
+    "arrange",
+    "default_rate",
+    "entropy",
+    "fit",
+    "lay_out",
+    "recover",
+]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from multum.distill import Logits
-from multum.distill.teacher import default_rate
 from multum.errors import StepError, TrainError
 from multum.graph import Graph, capture
 from multum.step import Recipe, compress, methods
 from multum.task import Task, call
+from multum.train.teacher import default_rate
 
 torch.set_num_threads(1)
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion_mnist"

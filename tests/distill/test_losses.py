@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from multum.distill.losses import cosine, imitation, soft_labels, squared_error
 from multum.errors import StepError
+from multum.train.losses import cosine, imitation, soft_labels, squared_error
 
 torch.set_num_threads(1)
 LOG3 = math.log(3)

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from multum import Recipe, Task, compress
-from multum.distill.losses import soft_labels
 from multum.errors import StepError, TrainError
 from multum.graph import layers
 from multum.prune import Gradual, Rewind, Weights
@@ -21,6 +20,7 @@ from multum.prune.evidence import Evidence
 from multum.prune.gradual import Thinning
 from multum.step import make
 from multum.train import Training, fit
+from multum.train.losses import soft_labels
 
 
 def task(**options: Any) -> Task:

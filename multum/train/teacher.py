@@ -13,8 +13,11 @@ from ..graph import Graph
 from ..graph.fuse import fuse
 from ..graph.model import aten
 from ..task import Task, call, tensors
-from ..train import Companion, Training, arrange, fit, lay_out
+from .companion import Companion
+from .layout import arrange, lay_out
+from .loop import fit
 from .losses import imitation
+from .optimizer import Training
 
 TEMPERATURE, ALPHA = 4.0, 0.9
 
