@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..analyze.evidence import Evidence
 from ..graph import Layer
 from ..graph.matrix import from_matrix, multiplies, to_matrix
-from .evidence import Evidence
 
 Criterion = Callable[[Evidence, Layer], Tensor]
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..analyze import Latencies
+from ..analyze.evidence import Evidence
 from ..errors import StepError, near
 from ..graph import Graph, select, surgery
 from ..graph.axes import Group, Groups, Keep, axes
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .allocation import ALLOCATIONS, TERMS, Budget, cumulated, least_loss
-from .evidence import Evidence
 from .recover import calibrated, recover_cut
 from .scores import CRITERIA, CUMULATIVE, NEEDS
 from .sensitivity import sensitivity

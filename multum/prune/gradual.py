@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..analyze.evidence import Evidence
 from ..errors import StepError, TrainError, near
 from ..graph import Graph, Layer, layers
 from ..graph.sparse import sparsify
@@ -18,7 +19,6 @@ from ..step import Plan, Stage, Step, option
 from ..task import Task
 from ..train import Companion, Training, default_rate, recover
 from .criteria import CRITERIA
-from .evidence import Evidence
 from .masks import maskable
 
 MOVEMENT = "movement"

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..analyze.evidence import Evidence
 from ..errors import StepError, near
 from ..graph import Graph, Layer, layers, select
 from ..graph.matrix import from_matrix, to_matrix
 from ..graph.sparse import sparsify
 from ..task import Task
 from .criteria import CRITERIA, NEEDS
-from .evidence import Evidence
 from .obs import SURGEONS, Choice, restored
 from .recover import Fit, inputs, recover, refittable
 

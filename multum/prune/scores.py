@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..analyze.evidence import Evidence
 from ..graph import Graph, Layer
 from ..graph.axes import Group, Groups
 from ..graph.axis import places
 from ..graph.matrix import channel_dim, data, multiplies, to_matrix
 from . import criteria
-from .evidence import Evidence
 from .obs import inverse
 
 Criterion = Callable[[Evidence, Groups, Group], Tensor]

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..analyze.evidence import Evidence
 from ..errors import StepError
 from ..graph import Graph, Layer
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .criteria import CRITERIA, LAYERWISE
-from .evidence import Evidence
 from .masks import criterion_needs, mask, maskable
 from .obs import SURGEONS, Choice
 from .recover import calibrated

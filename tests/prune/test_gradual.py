@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from multum import Recipe, Task, compress
+from multum.analyze.evidence import Evidence
 from multum.errors import StepError, TrainError
 from multum.graph import layers
 from multum.prune import Gradual, Rewind, Weights
-from multum.prune.evidence import Evidence
 from multum.prune.gradual import Thinning
 from multum.step import make
 from multum.train import Training, fit

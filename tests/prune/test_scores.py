@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from multum import Task
+from multum.analyze import evidence as evidence_
+from multum.analyze.evidence import Evidence
 from multum.graph.axes import axes
 from multum.graph.layers import layers
-from multum.prune import evidence as evidence_
 from multum.prune import obs as obs_
-from multum.prune.evidence import Evidence
 from multum.prune.scores import CRITERIA
 
 FIRST = torch.tensor([[3.0, 4.0], [0.0, 5.0], [8.0, 6.0]])  # L2 5, 5, 10; L1 7, 5, 14

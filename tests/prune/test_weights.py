@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import multum
 from multum import Recipe, Task, compress, distill, prune, quantize
+from multum.analyze.evidence import Evidence
 from multum.errors import StepError
 from multum.export import to_onnx_bytes, verify
 from multum.prune.criteria import CRITERIA
-from multum.prune.evidence import Evidence
 from multum.prune.obs import SURGEONS
 from multum.step import Plan
 

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from multum import Task
+from multum.analyze.evidence import Evidence
 from multum.errors import StepError, TaskError
 from multum.graph.layers import layers
 from multum.prune.criteria import CRITERIA
-from multum.prune.evidence import Evidence
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
