@@ -213,8 +213,7 @@ def check(task: Task, steps: Sequence[Step]) -> None:
     last: Step | None = None
     for step in steps:
         for need in step.requires():
-            available = task.train if need == "calibration" and task.calibration is None else getattr(task, need)
-            if available is None:
+            if not task.has(need):
                 raise StepError(f"{step.name()} needs `{need}`, which the task {task.name!r} does not have.", f"Task(..., {need}=...)")
         if step.stage is None:
             continue

@@ -74,10 +74,14 @@ class Task:
         graph = capture(self.model, self.example)
         return graph.requires_grad_(False)
 
+    def has(self, need: str) -> bool:
+        """Whether the task has a part of the data, or a loss. Train data serve for calibration as well."""
+        return getattr(self, need) is not None or (need == "calibration" and self.train is not None)
+
     def data(self, part: str) -> Batches:
         """The batches of one part of the data. Raises TaskError when the task has none."""
         batches = getattr(self, part)
-        if batches is None and part == "calibration" and self.train is not None:
+        if batches is None and self.has(part):
             batches = self.train
         if batches is None:
             raise TaskError(f"The task {self.name!r} has no {part} data.", f"an iterable of (inputs, targets) batches as `{part}`")

@@ -16,7 +16,7 @@ from ..graph.residual import Block, blocks, skip
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .deviation import Deviation
-from .recover import calibrated, inputs, recover_judged
+from .recover import inputs, recover_judged
 
 _ORDERS = ("change", "alternate", "first", "last")
 
@@ -56,7 +56,7 @@ class Blocks(Step):
         found = blocks(graph)
         chosen = self._chosen(found)
         count = max(1, round(self.ratio * len(chosen))) if chosen else 0
-        criterion = self.criterion or ("change" if calibrated(task) else "alternate")
+        criterion = self.criterion or ("change" if task.has("calibration") else "alternate")
         if criterion == "change" and chosen:
             changes = _cheapest(graph, chosen, count, Deviation(graph, inputs(task, self.judged, graph)))
         else:
@@ -70,7 +70,7 @@ class Blocks(Step):
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         original = graph.copy()
         skip(graph, [(block, _end(block, change["end"])) for block in blocks(graph) if (change := plan.changes.get(block.name))])
-        if not (self.recover and calibrated(task)):
+        if not (self.recover and task.has("calibration")):
             return {}
         return recover_judged(graph, original, (task, self.samples), [layer.name for layer in layers(graph)])
 

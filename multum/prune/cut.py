@@ -19,7 +19,7 @@ from ..graph.axes import Group, Groups, Keep, axes
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .allocation import ALLOCATIONS, TERMS, Budget, cumulated, least_loss
-from .recover import calibrated, recover_cut
+from .recover import recover_cut
 from .scores import CRITERIA, CUMULATIVE, NEEDS
 from .sensitivity import sensitivity
 
@@ -96,7 +96,7 @@ class Cut(Step):
 
     def remove(self, graph: Graph, keep: Keep, task: Task) -> dict[str, Any]:
         """Cuts all but `keep` out of the graph; what reads it makes good."""
-        recovers = self.recover and calibrated(task)
+        recovers = self.recover and task.has("calibration")
         original = graph.copy() if recovers else graph
         surgery.cut(graph, keep)
         return recover_cut(graph, original, keep, task, self.samples) if recovers else {}
@@ -107,7 +107,7 @@ class Cut(Step):
         return {group.name: judge(evidence, groups, group) for group in chosen}
 
     def _criterion(self, task: Task) -> str:
-        return self.criterion or ("obs" if calibrated(task) else "magnitude")
+        return self.criterion or ("obs" if task.has("calibration") else "magnitude")
 
     def _check(self) -> None:
         if self.criterion is not None and self.criterion not in CRITERIA:

@@ -16,7 +16,6 @@ from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .masks import mask, maskable
 from .obs import Choice
-from .recover import calibrated
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Layers(Step):
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         whole = Choice(lambda scores, columns, part: torch.ones_like(scores, dtype=torch.bool))
-        mask(graph, task, dict.fromkeys(plan.changes, whole), "l1", self.samples, self.recover and calibrated(task))
+        mask(graph, task, dict.fromkeys(plan.changes, whole), "l1", self.samples, self.recover and task.has("calibration"))
         return {}
 
 

@@ -18,7 +18,6 @@ from ..task import Task
 from .criteria import CRITERIA
 from .masks import criterion_needs, mask, maskable
 from .obs import SURGEONS, Choice
-from .recover import calibrated
 from .weights import lowest
 
 
@@ -72,7 +71,7 @@ class NM(Step):
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         chosen, _ = maskable(graph, self.include, self.exclude)
         choices = {layer.name: self._choose(_form(graph, layer)[3]) for layer in chosen if layer.name in plan.changes}
-        recovers = self.recover and calibrated(task)
+        recovers = self.recover and task.has("calibration")
         mask(graph, task, choices, self.criterion or ("obs" if recovers else "l1"), self.samples, recovers)
         return {}
 

@@ -103,11 +103,6 @@ def recover_judged(graph: Graph, original: Graph, data: tuple[Task, int], names:
     return {"recovery": "none", "off_before": before, "off_after": before}
 
 
-def calibrated(task: Task) -> bool:
-    """Whether the task has inputs to recover on."""
-    return task.calibration is not None or task.train is not None
-
-
 def refittable(graph: Graph) -> list[Layer]:
     """The layers whose weights can be fitted: they multiply a matrix that nobody else uses."""
     known = layers(graph)

@@ -18,7 +18,6 @@ from ..task import Task
 from .criteria import CRITERIA, LAYERWISE
 from .masks import criterion_needs, mask, maskable
 from .obs import SURGEONS, Choice
-from .recover import calibrated
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Weights(Step):
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         choices = {name: lowest(change["zeros"], change["of"]) for name, change in plan.changes.items()}
-        mask(graph, task, choices, self._criterion(task), self.samples, self.recover and calibrated(task))
+        mask(graph, task, choices, self._criterion(task), self.samples, self.recover and task.has("calibration"))
         return {}
 
     def _criterion(self, task: Task) -> str:
@@ -88,7 +87,7 @@ class Weights(Step):
             return "random"
         if self.criterion is None and self.threshold is not None:
             return "l1"
-        return self.criterion or ("obs" if self.recover and calibrated(task) else "lamp")
+        return self.criterion or ("obs" if self.recover and task.has("calibration") else "lamp")
 
     def _zeros(self, evidence: Evidence, chosen: list[Layer], criterion: str) -> dict[str, int]:
         """How many weights of each layer should go."""

@@ -79,7 +79,7 @@ class RateDistortion(Step):
 
     def _coded(self, task: Task) -> bool:
         """Whether data choose the integers. Raises StepError when they are asked to and there are none."""
-        has_data = task.calibration is not None or task.train is not None
+        has_data = task.has("calibration")
         if self.rounding == "coded" and not has_data:
             given = f"quantize.RateDistortion: the rounding 'coded' looks at data, of which the task {task.name!r} has none."
             raise StepError(given, "Task(..., calibration=...)")

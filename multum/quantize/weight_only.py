@@ -46,7 +46,7 @@ class WeightOnly(Step):
         for layer in chosen:
             if layer.quantizer() is not None:
                 raise StepError(f"The layer {layer.name!r} is quantized already.", "each layer quantized once", f"exclude {layer.name!r}")
-        has_data = task.calibration is not None or task.train is not None
+        has_data = task.has("calibration")
         if not has_data and self.rounding not in ("auto", "nearest"):
             raise StepError(
                 f"The rounding {self.rounding!r} looks at data, of which the task {task.name!r} has none.", "Task(..., calibration=...)"

@@ -82,8 +82,7 @@ def rung(task: Task, share: float, bits: float, integer: bool) -> Rung:
     if task.train is None:
         bits = max(2, math.ceil(bits))
     twin = _rung(task, share, bits, False)
-    calibrates = task.calibration is not None or task.train is not None
-    return replace(_rung(task, share, bits, True), twin=twin) if integer and calibrates else twin
+    return replace(_rung(task, share, bits, True), twin=twin) if integer and task.has("calibration") else twin
 
 
 def between(task: Task, sizes: Mapping[Rung, int], limit: int) -> Rung | None:
