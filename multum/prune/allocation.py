@@ -60,35 +60,31 @@ def least_loss(
     those of the loss when 1, 2 ... of its channels are gone [size]; `widths` are those it may have, falling; of `rivals`, the factors
     of a product, only one gets narrower.
     """
-    named, chosen_widths, barred = {group.name: group for group in chosen}, dict[str, int](), set[str]()
+    named, kept, barred = {group.name: group for group in chosen}, dict[str, range](), set[str]()
+    missing = [budget for budget in budgets if budget.left(kept) > budget.share]
 
-    def keep() -> Keep:
-        return {name: range(width) for name, width in chosen_widths.items()}
-
-    def price(name: str, place: int, now: Keep) -> float:
-        width, before = widths[name][place], chosen_widths.get(name, named[name].size)
+    def price(name: str, place: int) -> float:
+        width, before = widths[name][place], len(kept.get(name, range(named[name].size)))
         lost = _loss(losses[name], named[name].size - width) - _loss(losses[name], named[name].size - before)
-        gain = sum(budget.saved(now, name, width) for budget in budgets if budget.left(now) > budget.share)
+        gain = sum(budget.saved(kept, name, width) for budget in missing)
         return max(lost, _TINY) / gain if gain > 0 else math.inf
 
-    heap = [(price(name, 0, {}), name, 0) for name in widths if widths[name]]
+    heap = [(price(name, 0), name, 0) for name in widths if widths[name]]
     heapq.heapify(heap)
-    while heap and any(budget.left(keep()) > budget.share for budget in budgets):
+    while heap and missing:
         _, name, place = heapq.heappop(heap)
-        if name in barred:
+        now = price(name, place)
+        if name in barred or not math.isfinite(now):
             continue
-        now = price(name, place, keep())
-        if heap and now > heap[0][0] and not math.isclose(now, heap[0][0]):  # others have got narrower: what it saves is less than it was
-            if math.isfinite(now):
-                heapq.heappush(heap, (now, name, place))
+        if heap and now > heap[0][0] * (1 + 1e-9):  # others have got narrower since: what it saves is less than it was
+            heapq.heappush(heap, (now, name, place))
             continue
-        if not math.isfinite(now):
-            continue
-        chosen_widths[name] = widths[name][place]
+        kept[name] = range(widths[name][place])
         barred |= {rival.name for rival in rivals(named[name])}
+        missing = [budget for budget in missing if budget.left(kept) > budget.share]
         if place + 1 < len(widths[name]):
-            heapq.heappush(heap, (price(name, place + 1, keep()), name, place + 1))
-    return chosen_widths
+            heapq.heappush(heap, (price(name, place + 1), name, place + 1))
+    return {name: len(indices) for name, indices in kept.items()}
 
 
 def cumulated(scores: Tensor, cumulative: bool) -> Tensor:

@@ -72,9 +72,8 @@ class Cut(Step):
 
         def keep(ratio: float) -> dict[str, list[int]]:
             wanted = _wanted(chosen, scores, ratio, allocation == "global")
-            return _keep(
-                groups, chosen, scores, wanted, {group.name: self._width(group, wanted[group.name], groups, multiple) for group in chosen}
-            )
+            widths = {group.name: self._width(group, wanted[group.name], groups, multiple) for group in chosen}
+            return _keep(groups, chosen, scores, wanted, widths)
 
         if allocation in ("uniform", "global"):
             kept = keep(self._ratio(budgets, keep))

@@ -59,7 +59,6 @@ class Shrink(Cut):
             trainings.append(recover(graph, task, how, workdir and workdir / f"round-{turn}", self._companions(graph, task, widths)))
             groups = axes(graph)
             scores = self.scores(graph, groups, [groups[name] for name in widths], task)
-            graph.requires_grad_(True)
             keep = {name: best(scores[name], width) for name, width in widths.items() if width < groups[name].size}
             measured |= self.remove(graph, keep, task)
         return measured | {"trainings": trainings}
