@@ -98,7 +98,8 @@ def test_a_file_has_at_most_400_lines_and_a_function_60(path: Path) -> None:
 
 
 def test_the_package_has_at_most_18000_lines() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 18_000
+    code = [path for path in FILES if "zoo" not in path.parts]  # the models that steps are tried on are data
+    assert sum(len(path.read_text().splitlines()) for path in code) <= 18_000
 
 
 @every_file

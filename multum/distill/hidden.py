@@ -48,8 +48,11 @@ class Inside(Logits):
             terms = [compare(one, other.detach()) for one, other in zip(ours, theirs, strict=True)]
             return self.weight / len(terms) * sum(terms[1:], terms[0])
 
-        with graph.tap([student for student, _ in found]):
+        graph.tap([student for student, _ in found])
+        try:
             return self._learn(graph, plan, task, workdir, hint=(hint, [teacher for _, teacher in found]))
+        finally:
+            graph.tap()
 
 
 @dataclass(frozen=True)

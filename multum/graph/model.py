@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,19 +52,13 @@ class Graph(nn.Module):
         self.tapped = results[own:]
         return spec.unflatten(results[:own], self.outputs)
 
-    @contextmanager
-    def tap(self, nodes: Sequence[fx.Node]) -> Iterator[None]:
-        """Inside, each call leaves the results of these operators in `tapped`, in their order, with their gradients."""
+    def tap(self, nodes: Sequence[fx.Node] = ()) -> None:
+        """Each call from now on leaves the results of these operators in `tapped`, in their order, with gradients; without any, none."""
         output = self.fx.output_node()
-        own = output.args
-        output.args = ((*own[0], *nodes),)  # type: ignore[misc]
-        self._taps = len(nodes)
+        results: tuple[Any, ...] = tuple(output.args[0])  # type: ignore[arg-type]
+        output.args = ((*results[: len(results) - self._taps], *nodes),)
+        self._taps, self.tapped = len(nodes), []
         self.recompile()
-        try:
-            yield
-        finally:
-            output.args, self._taps, self.tapped = own, 0, []
-            self.recompile()
 
     # --- the operators ---------------------------------------------------------------------------------------------
 
@@ -113,6 +106,13 @@ class Graph(nn.Module):
         with self.fx.inserting_before(before):
             node = self.fx.create_node("get_attr", name)
         node.meta["val"] = _meta(self.tensor(name))
+        return node
+
+    def operator(self, target: Any, args: Sequence[Any], like: fx.Node, before: fx.Node) -> fx.Node:
+        """A node that calls an operator whose result is as that of `like`, placed before `before`."""
+        with self.fx.inserting_before(before):
+            node = self.fx.call_function(target, tuple(args))
+        node.meta = {"val": _meta(like.meta["val"]), "module": like.meta.get("module", "")}
         return node
 
     # --- the tensors -----------------------------------------------------------------------------------------------

@@ -28,6 +28,15 @@ def criterion_needs(criterion: str | None) -> tuple[str, ...]:
     return NEEDS.get(criterion or "", ())
 
 
+def check_masking(criterion: str | None, ratio: float, samples: int) -> None:
+    """Raises StepError for options that no mask can have."""
+    criterion_needs(criterion)
+    if not 0 < ratio < 1:
+        raise StepError(f"The share of weights to set to zero is {ratio}.", "a ratio between 0 and 1, such as 0.5")
+    if samples < 1:
+        raise StepError(f"{samples} samples are asked for.", "at least 1, such as 512")
+
+
 def maskable(graph: Graph, include: str | Sequence[str], exclude: str | Sequence[str]) -> tuple[list[Layer], dict[str, str]]:
     """The layers whose weights may be set to zero, one for each weight, and the reason for each other one."""
     known = [layer for layer in layers(graph) if layer.kind in KINDS]

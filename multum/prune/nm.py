@@ -16,7 +16,7 @@ from ..graph.matrix import to_matrix
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .criteria import CRITERIA
-from .masks import criterion_needs, mask, maskable
+from .masks import check_masking, criterion_needs, mask, maskable
 from .obs import SURGEONS, Choice
 from .weights import lowest
 
@@ -41,14 +41,10 @@ class NM(Step):
     exclude: str | tuple[str, ...] = option((), "glob patterns of layers to leave whole")
 
     def __post_init__(self) -> None:
-        criterion_needs(self.criterion)
+        check_masking(self.criterion, self.ratio, self.samples)
         kept, every, _ = _parse(self.pattern)
         if kept and not kept < every:
             raise StepError(f"The pattern {self.pattern!r} keeps {kept} of every {every}.", "fewer kept than there are, such as 2:4")
-        if not 0 < self.ratio < 1:
-            raise StepError(f"The share of blocks to set to zero is {self.ratio}.", "a ratio between 0 and 1, such as 0.5")
-        if self.samples < 1:
-            raise StepError(f"{self.samples} samples are asked for.", "at least 1, such as 512")
 
     def requires(self) -> tuple[str, ...]:
         return criterion_needs(self.criterion)

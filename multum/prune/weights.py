@@ -16,7 +16,7 @@ from ..graph import Graph, Layer
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .criteria import CRITERIA, LAYERWISE
-from .masks import criterion_needs, mask, maskable
+from .masks import check_masking, criterion_needs, mask, maskable
 from .obs import SURGEONS, Choice
 
 
@@ -46,9 +46,7 @@ class Weights(Step):
     exclude: str | tuple[str, ...] = option((), "glob patterns of layers to leave whole")
 
     def __post_init__(self) -> None:
-        criterion_needs(self.criterion)
-        if not 0 < self.ratio < 1:
-            raise StepError(f"The share of weights to set to zero is {self.ratio}.", "a ratio between 0 and 1, such as 0.5")
+        check_masking(self.criterion, self.ratio, self.samples)
         if self.allocation not in ("global", "uniform"):
             raise StepError(f"The allocation is {self.allocation!r}.", "global or uniform")
         if not 0 <= self.floor < 1:
@@ -57,8 +55,6 @@ class Weights(Step):
             raise StepError(f"The probability is {self.probability}.", "a probability between 0 and 1")
         if self.probability is not None and self.criterion not in (None, "random"):
             raise StepError(f"A probability is given, and the criterion {self.criterion!r}.", "one of the two")
-        if self.samples < 1:
-            raise StepError(f"{self.samples} samples are asked for.", "at least 1, such as 512")
 
     def requires(self) -> tuple[str, ...]:
         return criterion_needs(self.criterion)

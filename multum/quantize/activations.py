@@ -7,15 +7,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 
 from ..errors import StepError, near
 from ..graph import Graph
 from ..graph.layers import QUANTIZERS
-from ..graph.model import _meta, aten, read
+from ..graph.model import aten, read
 from ..step import Plan, Stage, Step, option
 from ..task import Task
+from .grid import Grid
+from .insert import put_scale, quantize_value
 
 _LEAST = {"sigmoid": 1, "tanh": 2}  # bits: 0 and 1; -1, 0 and 1
 _BOUNDED: dict[Any, str] = {
@@ -71,14 +72,14 @@ class Activations(Step):
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         nodes = {node.name: node for node in graph.fx.nodes}
-        device = next((tensor.device for _, tensor in graph.named_tensors()), torch.device("cpu"))
         for name, change in plan.changes.items():
             node = nodes[name]
             if change["form"] == "hard":
                 node.target = _HARD[node.target]
                 node.kwargs = {}
             if "bits" in change:
-                _round(graph, node, change, device)
+                put_scale(graph, name, change)
+                quantize_value(graph, node, name, Grid(change["low"], change["high"]))
         graph.recompile()
         return {}
 
@@ -96,17 +97,3 @@ class Activations(Step):
         bits = max(self.bits, _LEAST[kind])
         low, high = (0, (1 << bits) - 1) if kind == "sigmoid" else (1 - (1 << bits - 1), (1 << bits - 1) - 1)
         return form | {"bits": bits, "low": low, "high": high, "scale": 1.0 / high}
-
-
-def _round(graph: Graph, node: fx.Node, change: dict[str, Any], device: torch.device) -> None:
-    """Puts a quantizer behind an activation function."""
-    tensors = {"scale": torch.tensor(change["scale"], device=device), "zero_point": torch.zeros((), dtype=torch.int32, device=device)}
-    for part, tensor in tensors.items():
-        graph.set_tensor(f"activations.{node.name}.{part}", tensor)
-    after = node.next
-    reads = [graph.attribute(f"activations.{node.name}.{part}", after) for part in tensors]
-    with graph.fx.inserting_before(after):
-        args = (node, *reads, change["low"], change["high"])
-        made = graph.fx.call_function(aten.fake_quantize_per_tensor_affine.tensor_qparams, args)
-    made.meta = {"val": _meta(node.meta["val"]), "module": node.meta.get("module", "")}
-    node.replace_all_uses_with(made, lambda user: user is not made)

@@ -14,14 +14,15 @@ from ..errors import StepError
 from ..graph import Graph, Layer
 from ..graph.fuse import fuse
 from ..graph.layers import QUANTIZERS, source
-from ..graph.model import _meta, aten, read
+from ..graph.matrix import data
+from ..graph.model import aten, read
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from ..train import Training
 from ..train.teacher import ALPHA, TEMPERATURE, default_rate, recover
 from .grid import Grid, signed, unsigned
+from .insert import following
 from .observers import OBSERVERS, observe
-from .placement import operand
 from .weight_only import ROUNDING, check_bits, check_rounding, choose, round_weights, weight_entries
 
 _LEARNED = aten._fake_quantize_learnable_per_tensor_affine.default
@@ -107,19 +108,18 @@ class Aware(Step):
         names = [f"activations.{value.name}.{part}", f"activations.{value.name}.zero_point"]
         graph.set_tensor(names[0], torch.full((1,), size, device=device), parameter=ranges != "fixed")
         graph.set_tensor(names[1], torch.zeros(1, dtype=torch.float32 if ranges == "lsq" else torch.int32, device=device))
-        places = [node for node in graph.fx.nodes if node.op == "placeholder"]
-        after = (places[-1] if value in places else value).next
+        after = following(graph, value)
         step, zero = (graph.attribute(name, after) for name in names)
-        with graph.fx.inserting_before(after):
-            if ranges == "lsq":
-                factor = 1 / math.sqrt(max(1, value.meta["val"][:1].numel()) * high)
-                quantizer = _made(graph, _LEARNED, (value, step, zero, low, high, factor), value)
-            else:
-                clipped = value
-                if ranges == "pact":  # the bound learns from what it clips alone
-                    clipped = _made(graph, aten.minimum.default, (value, step), value)
-                    step = _made(graph, aten.detach.default, (_made(graph, aten.div.Tensor, (step, high), step),), step)
-                quantizer = _made(graph, _PLAIN, (clipped, step, zero, low, high), value)
+        if ranges == "lsq":
+            factor = 1 / math.sqrt(max(1, value.meta["val"][:1].numel()) * high)
+            quantizer = graph.operator(_LEARNED, (value, step, zero, low, high, factor), value, after)
+        else:
+            clipped = value
+            if ranges == "pact":  # the bound learns from what it clips alone
+                clipped = graph.operator(aten.minimum.default, (value, step), value, after)
+                shared = graph.operator(aten.div.Tensor, (step, high), step, after)
+                step = graph.operator(aten.detach.default, (shared,), step, after)
+            quantizer = graph.operator(_PLAIN, (clipped, step, zero, low, high), value, after)
         for reader in readers:
             reader.replace_input_with(value, quantizer)
 
@@ -128,20 +128,14 @@ def _inputs(chosen: list[Layer]) -> dict[fx.Node, list[Layer]]:
     """The values that layers read, each with its readers."""
     found: dict[fx.Node, list[Layer]] = {}
     for layer in chosen:
-        if layer.kind in ("conv", "linear") and operand(layer.node).op != "get_attr":
-            found.setdefault(operand(layer.node), []).append(layer)
+        if layer.kind in ("conv", "linear") and data(layer).op != "get_attr":
+            found.setdefault(data(layer), []).append(layer)
     return found
 
 
 def _grid(bits: int, low: float) -> Grid:
     """Integers from 0 on for values that are never negative, as many negative as positive ones for others."""
     return unsigned(bits) if low >= 0 else signed(bits)
-
-
-def _made(graph: Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-    made = graph.fx.call_function(target, args)
-    made.meta = {"val": _meta(like.meta["val"]), "module": like.meta.get("module", "")}
-    return made
 
 
 @torch.no_grad()
@@ -160,7 +154,6 @@ def _settle(graph: Graph) -> None:
         graph.set_tensor(f"{name}.zero_point", zero_point, parameter=False)
         graph.set_tensor(f"{name}.scale", scale.detach().reshape(()).clone(), parameter=False)
         reads = [graph.attribute(f"{name}.{part}", node) for part in ("scale", "zero_point")]
-        with graph.fx.inserting_before(node):
-            plain = _made(graph, _PLAIN, (value, *reads, low, high), node)
+        plain = graph.operator(_PLAIN, (value, *reads, low, high), node, node)
         node.replace_all_uses_with(plain)
     graph.clean()

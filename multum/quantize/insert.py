@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..graph import Graph, Layer
-from ..graph.model import _meta, aten
+from ..graph.model import aten
 from .grid import Grid, best_scale, full_scale, signed, unsigned
 from .placement import Placement
 
@@ -38,7 +38,8 @@ def quantize_weight(graph: Graph, layer: Layer, bits: int, scale: float | None =
     # Two digits of it, for it stands in the file.
     factor = float(f"{1 / math.sqrt(weight.numel() / scales.numel() * grid.high):.1e}")
     args = (first, *rest, layer.scale_axis, grid.low, grid.high, factor)
-    quantizer = _call_after(graph, rest[-1], aten._fake_quantize_learnable_per_channel_affine.default, args, first, layer.name)
+    quantizer = graph.operator(aten._fake_quantize_learnable_per_channel_affine.default, args, first, after)
+    quantizer.meta["module"] = layer.name
     for node in reads:
         node.replace_all_uses_with(quantizer, lambda user: user is not quantizer)
 
@@ -46,24 +47,30 @@ def quantize_weight(graph: Graph, layer: Layer, bits: int, scale: float | None =
 def quantize_values(graph: Graph, placement: Placement, parameters: Mapping[str, Mapping[str, Any]]) -> None:
     """Quantizes the activations of a placement. `parameters` holds bits, scale and zero point by the name of the value that leads."""
     for root in dict.fromkeys(placement.root(value) for value in placement.readers):
-        entry = parameters[root.name]
-        graph.set_tensor(f"activations.{root.name}.scale", torch.tensor(entry["scale"], dtype=torch.float32))
-        graph.set_tensor(f"activations.{root.name}.zero_point", torch.tensor(entry["zero_point"], dtype=torch.int32))
-    inputs = [node for node in graph.fx.nodes if node.op == "placeholder"]
+        put_scale(graph, root.name, parameters[root.name])
     for value, readers in placement.readers.items():
         name = placement.root(value).name
-        grid = unsigned(parameters[name]["bits"])
-        after = (inputs[-1] if value in inputs else value).next
-        rest = [graph.attribute(f"activations.{name}.{part}", after) for part in ("scale", "zero_point")]
-        args = (value, *rest, grid.low, grid.high)
-        target = aten.fake_quantize_per_tensor_affine.tensor_qparams
-        quantizer = _call_after(graph, rest[-1], target, args, value, value.meta.get("module", ""))
-        for user in [user for user in value.users if user is not quantizer and (readers is None or user in readers)]:
-            user.replace_input_with(value, quantizer)
+        quantize_value(graph, value, name, unsigned(parameters[name]["bits"]), readers)
 
 
-def _call_after(graph: Graph, place: fx.Node, target: Any, args: Sequence[Any], like: fx.Node, module: str) -> fx.Node:
-    with graph.fx.inserting_after(place):
-        made = graph.fx.call_function(target, tuple(args))
-    made.meta = {"val": _meta(like.meta["val"]), "module": module}
-    return made
+def put_scale(graph: Graph, name: str, entry: Mapping[str, Any]) -> None:
+    """The scale and the zero point of activations, as buffers."""
+    device = next((tensor.device for _, tensor in graph.named_tensors()), None)
+    graph.set_tensor(f"activations.{name}.scale", torch.tensor(entry["scale"], dtype=torch.float32, device=device))
+    graph.set_tensor(f"activations.{name}.zero_point", torch.tensor(entry.get("zero_point", 0), dtype=torch.int32, device=device))
+
+
+def quantize_value(graph: Graph, value: fx.Node, name: str, grid: Grid, readers: Container[fx.Node] | None = None) -> None:
+    """Puts a quantizer, with the scale of `name`, between a value and those that read it; all when not named."""
+    after = following(graph, value)
+    rest = [graph.attribute(f"activations.{name}.{part}", after) for part in ("scale", "zero_point")]
+    args = (value, *rest, grid.low, grid.high)
+    quantizer = graph.operator(aten.fake_quantize_per_tensor_affine.tensor_qparams, args, value, after)
+    for user in [user for user in value.users if user is not quantizer and (readers is None or user in readers)]:
+        user.replace_input_with(value, quantizer)
+
+
+def following(graph: Graph, value: fx.Node) -> fx.Node:
+    """The node before which something that reads a value may stand: after all inputs, when it is one."""
+    inputs = [node for node in graph.fx.nodes if node.op == "placeholder"]
+    return (inputs[-1] if value in inputs else value).next

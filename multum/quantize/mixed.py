@@ -18,9 +18,8 @@ from .insert import weight_scale
 from .weight_only import ROUNDING, check_rounding, choose, round_weights, weight_entries
 
 BITS = (2, 3, 4, 5, 6, 8)
-_MEASURED = (
-    4  # bits up to which the error is measured; it falls by four with each further one (Bennett 1948, "Spectra of quantized signals")
-)
+# Bits up to which the error is measured; it falls by four with each further one (Bennett 1948, "Spectra of quantized signals").
+_MEASURED = 4
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..graph import Graph, Layer
+from ..graph.matrix import data, from_matrix, to_matrix
 from ..graph.model import aten, read
 from ..graph.watch import Watch
 from ..task import Task, calibration
-from .placement import operand
 
 _FEWEST, _FOR_EACH = 4096, 16  # input vectors that are looked at: in all, and for each of their entries
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
@@ -54,17 +54,14 @@ class Moments:
 
 def as_rows(value: Tensor, layer: Layer) -> Tensor:
     """A weight, or something of its shape, as rows that multiply input vectors [groups, rows, inputs]."""
-    if layer.kind == "linear":
-        return (value if layer.axis == 0 else value.T)[None]
-    parts = value.reshape(_groups(layer), -1, *value.shape[1:])
-    return parts.flatten(2).mT if layer.node.target in TRANSPOSED else parts.flatten(2)
+    if layer.node.target in TRANSPOSED:
+        return value.reshape(_groups(layer), -1, *value.shape[1:]).flatten(2).mT
+    return to_matrix(layer, value)
 
 
 def from_rows(rows: Tensor, layer: Layer, like: Tensor) -> Tensor:
     """The inverse of `as_rows`, in the shape of `like`."""
-    if layer.kind == "linear":
-        return rows[0] if layer.axis == 0 else rows[0].T
-    return (rows.mT if layer.node.target in TRANSPOSED else rows).reshape(like.shape)
+    return rows.mT.reshape(like.shape) if layer.node.target in TRANSPOSED else from_matrix(layer, rows, like.shape)
 
 
 def _groups(layer: Layer) -> int:
@@ -80,8 +77,8 @@ def gather(graph: Graph, original: Graph, pairs: Sequence[tuple[Layer, Layer]], 
     places: dict[fx.Node, list[Layer]] = {}
     places0: dict[fx.Node, list[Layer]] = {}
     for layer, twin in pairs:
-        places.setdefault(operand(layer.node), []).append(layer)
-        places0.setdefault(operand(twin.node), []).append(layer)
+        places.setdefault(data(layer), []).append(layer)
+        places0.setdefault(data(twin), []).append(layer)
     kept: dict[Layer, Tensor] = {}
     first: dict[str, Layer] = {}
     for layer, _ in pairs:

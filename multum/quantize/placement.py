@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from ..graph.fuse import zero_pad
 from ..graph.layers import KINDS, QUANTIZERS, Layer
+from ..graph.matrix import data
 from ..graph.model import aten
 
 # Clipping functions: an engine merges them into the rounding of the operator before.
@@ -70,13 +71,13 @@ class Placement:
 
 def place(graph: fx.Graph, layers: Iterable[Layer]) -> Placement:
     """Where to quantize activations for these layers to run in integers."""
-    kinds = {layer.node: layer.kind for layer in layers if layer.kind in ("conv", "linear")}
+    chosen = {layer.node: layer for layer in layers if layer.kind in ("conv", "linear")}
     placement, integers = Placement(), set[fx.Node]()
     for node in graph.nodes:
         operands = _operands(node)
-        if node in kinds:
-            placement.want(*_before_padding(node))
-            if kinds[node] == "conv":
+        if node in chosen:
+            placement.want(*_before_padding(chosen[node]))
+            if chosen[node].kind == "conv":
                 integers.add(_quantize_result(placement, node))
         elif node in integers or not operands or not all(part in integers for part in operands):
             continue
@@ -93,16 +94,9 @@ def place(graph: fx.Graph, layers: Iterable[Layer]) -> Placement:
     return placement
 
 
-def operand(node: fx.Node) -> fx.Node:
-    """The activation among the inputs of a conv or linear operator."""
-    value = node.args[1 if node.target is aten.addmm.default else 0]
-    assert isinstance(value, fx.Node)
-    return value
-
-
-def _before_padding(layer: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _before_padding(layer: Layer) -> tuple[fx.Node, fx.Node]:
     """The value that a layer reads quantized, and its reader. Engines merge zeros around it into a convolution, so they come after."""
-    value, reader = operand(layer), layer
+    value, reader = data(layer), layer.node
     while zero_pad(value) is not None:
         value, reader = value.all_input_nodes[0], value
     return value, reader

@@ -129,6 +129,8 @@ def runs_with_any_batch(trial: Trial) -> None:
     for a, b, c in zip(whole, one, trained, strict=True):
         assert torch.isfinite(a).all(), "eval gives NaN or infinite values"
         assert torch.isfinite(c).all(), "train gives NaN or infinite values"
+        if a.shape[1:] != b.shape[1:]:
+            continue  # it compares the samples of a batch with each other, as CLIP does
         torch.testing.assert_close(a[:1], b, rtol=1e-3, atol=1e-2 * float(a.double().abs().max()))
 
 

@@ -40,8 +40,7 @@ class Teacher:
             if not set(names) <= {node.name for node in self.graph.fx.nodes}:
                 self.graph = original.copy()
             known = {node.name: node for node in self.graph.fx.nodes}
-            self._open = self.graph.tap([known[name] for name in names])  # for as long as the teacher lives
-            self._open.__enter__()
+            self.graph.tap([known[name] for name in names])
         self.format = lay_out(self.graph)
         self.device = torch.device("cpu")
 

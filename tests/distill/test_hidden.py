@@ -150,11 +150,15 @@ def test_the_hidden_values_are_learned(task: Task, step: Any) -> None:
     def apart(graph: Any) -> float:
         found = step.pairs(graph, task.original)
         total = 0.0
-        with torch.no_grad(), graph.tap([one for one, _ in found]), task.original.tap([other for _, other in found]):
+        graph.tap([one for one, _ in found])
+        task.original.tap([other for _, other in found])
+        with torch.no_grad():
             for inputs, _ in task.data("train"):
                 graph(inputs)
                 task.original(inputs)
                 total += sum(float(step.compare(graph)(a, b)) for a, b in zip(graph.tapped, task.original.tapped, strict=True))
+        graph.tap()
+        task.original.tap()
         return total
 
     before = task.original.fingerprint()

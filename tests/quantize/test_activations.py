@@ -9,7 +9,6 @@ from multum.export import to_onnx_bytes, verify
 from multum.quantize import Activations, Static, WeightOnly
 from multum.step import compress
 from multum.task import Task
-from multum.testing import CHECKS, SLOW_CHECKS, Trial
 
 X = torch.tensor([[-9.0, -1.0, -0.2, 0.1, 0.6, 2.0, 9.0]])
 
@@ -77,19 +76,3 @@ def test_bad_options_and_patterns_are_refused() -> None:
             Activations(bits=bits)
     with pytest.raises(StepError, match="matches no smooth activation function"):
         compress(task(nn.Sigmoid()), Activations(include="gate*"))
-
-
-@pytest.fixture(scope="module", params=("mlp", "squeeze_excite"))
-def trial(request: pytest.FixtureRequest) -> Trial:
-    return Trial(Activations(bits=4, hard=True), request.param)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_conformance(trial: Trial, check: object) -> None:
-    check(trial)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", SLOW_CHECKS, ids=lambda check: check.__name__)
-def test_slow_conformance(trial: Trial, check: object) -> None:
-    check(trial)

@@ -13,7 +13,6 @@ from multum.graph.model import aten, read
 from multum.quantize import Aware, Static
 from multum.step import compress
 from multum.task import Task
-from multum.testing import CHECKS, SLOW_CHECKS, Trial
 
 
 def rings() -> Task:
@@ -86,19 +85,3 @@ def test_activations_are_quantized_once() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(StepError):
         Aware(**options)
-
-
-@pytest.fixture(scope="module", params=("resnet", "tied_weights"))
-def trial(request: pytest.FixtureRequest) -> Trial:
-    return Trial(Aware(samples=16, epochs=0.5), request.param)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_conformance(trial: Trial, check: object) -> None:
-    check(trial)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", SLOW_CHECKS, ids=lambda check: check.__name__)
-def test_slow_conformance(trial: Trial, check: object) -> None:
-    check(trial)

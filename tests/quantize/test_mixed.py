@@ -11,7 +11,7 @@ from multum.quantize import Mixed, WeightOnly
 from multum.quantize.mixed import allot
 from multum.step import compress
 from multum.task import Task
-from multum.testing import CHECKS, SLOW_CHECKS, Trial
+from multum.testing import Trial
 
 
 def uneven() -> Task:
@@ -64,19 +64,3 @@ def test_the_average_is_at_most_what_was_asked(bits: float) -> None:
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(StepError):
         Mixed(**options)
-
-
-@pytest.fixture(scope="module", params=("resnet", "tied_weights"))
-def trial(request: pytest.FixtureRequest) -> Trial:
-    return Trial(Mixed(trials=2, samples=16), request.param)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_conformance(trial: Trial, check: object) -> None:
-    check(trial)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", SLOW_CHECKS, ids=lambda check: check.__name__)
-def test_slow_conformance(trial: Trial, check: object) -> None:
-    check(trial)

@@ -20,7 +20,7 @@ from multum.quantize import Static, WeightOnly
 from multum.quantize.placement import place
 from multum.step import Recipe, compress
 from multum.task import Task
-from multum.testing import CHECKS, CORE, SLOW_CHECKS, ZOO, Trial
+from multum.testing import Trial
 
 FASHION = Path(__file__).parents[2] / "examples" / "fashion_mnist"
 WEIGHT = aten._fake_quantize_learnable_per_channel_affine.default
@@ -337,22 +337,3 @@ def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
 def test_a_pattern_without_a_match_is_refused(resnet: Task) -> None:
     with pytest.raises(StepError, match=r"'blocks\.9\.\*' matches no layer"):
         Static(include="blocks.9.*").plan(resnet.original.copy(), resnet)
-
-
-# --- every kind of model ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=[name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
-def trial(request: pytest.FixtureRequest) -> Trial:
-    return Trial(Static(samples=4), request.param)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_conformance(trial: Trial, check: object) -> None:
-    check(trial)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", SLOW_CHECKS, ids=lambda check: check.__name__)
-def test_slow_conformance(trial: Trial, check: object) -> None:
-    check(trial)

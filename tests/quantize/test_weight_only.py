@@ -12,7 +12,6 @@ from multum.graph.model import read
 from multum.quantize import WeightOnly
 from multum.step import compress
 from multum.task import Task
-from multum.testing import CHECKS, SLOW_CHECKS, Trial
 
 
 def task(*modules: nn.Module, shape: tuple[int, ...] = (3, 8, 8)) -> Task:
@@ -60,19 +59,3 @@ def test_fewer_bits_lose_more() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(StepError, match="2 to 8"):
         WeightOnly(**options)
-
-
-@pytest.fixture(scope="module", params=("resnet", "unet", "bidirectional_gru", "tied_weights", "llama"))
-def trial(request: pytest.FixtureRequest) -> Trial:
-    return Trial(WeightOnly(bits=5), request.param)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_conformance(trial: Trial, check: object) -> None:
-    check(trial)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", SLOW_CHECKS, ids=lambda check: check.__name__)
-def test_slow_conformance(trial: Trial, check: object) -> None:
-    check(trial)
