@@ -14,8 +14,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
 from .errors import StepError, near
-from .graph import Graph
+from .graph import Graph, capture
 from .graph.file import dump, restore
 from .graph.sparse import zeros_kept
 from .task import Task
@@ -166,10 +168,11 @@ def compress(
     task: Task,
     step: Step | Recipe | Sequence[Step],
     *,
+    student: nn.Module | None = None,
     workdir: Path | None = None,
     tell: Callable[[str], None] = lambda message: None,
 ) -> Result:
-    """Applies a step or a recipe to a copy of the task's model, exactly as told.
+    """Applies a step or a recipe to a copy of the task's model, or of a `student` that takes its place, exactly as told.
 
     Before any work it checks that the task has what the steps need and that the order makes sense. With a `workdir`,
     finished steps are kept there and a second call resumes. Raises StepError when a step would change nothing.
@@ -177,7 +180,8 @@ def compress(
     recipe = step if isinstance(step, Recipe) else Recipe([step] if isinstance(step, Step) else step)
     steps = list(recipe.flat())
     check(task, steps)
-    graph, records = task.original.copy().requires_grad_(True), list[Record]()
+    begin = student if isinstance(student, Graph) else task.original if student is None else capture(student, task.example)
+    graph, records = begin.copy().eval().requires_grad_(True), list[Record]()
     state = hashlib.sha256(graph.fingerprint().encode())
     for index, current in enumerate(steps):
         state.update(f"{current.name()} {sorted(_plain(current.options()).items())} {task.seed}".encode())

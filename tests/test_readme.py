@@ -47,6 +47,12 @@ def test_the_dozen_lines_run(tmp_path, monkeypatch):
     assert {"out", "small.mip", "small.onnx"} <= {path.name for path in tmp_path.iterdir()}
 
 
+def test_a_student_is_trained_like_this():
+    names = {"multum": multum, "task": small_task()}
+    exec(compile(block("python", "distill.student("), "README.md", "exec"), names)
+    assert names["result"].graph.tensor("3.weight").shape == (16, 8, 3, 3)
+
+
 def test_a_task_file_is_written_like_this(monkeypatch):
     sample = small_task()
     mine = ModuleType("mine")

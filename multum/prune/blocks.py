@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..task import Task
 from .deviation import Deviation
 from .recover import inputs, recover_judged
 
-_ORDERS = ("change", "alternate", "first", "last")
+_ORDERS = ("change", "even", "alternate", "first", "last")
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Blocks(Step):
 
     A branch is found in the operators: a sum one of whose sides depends on the other. By `change` they go one after the other, each time
     the one whose absence moves the outputs least on calibration data (as in Men et al. 2024, section 3, there by the change of the
-    stream; Song et al. 2024, section 3.2, by that of the outputs). Alternate, first or last blocks need no data (Sajjad et al. 2023,
-    section 3). What follows is refitted when there are calibration data. A normalization after the sum goes along where that is better.
+    stream; Song et al. 2024, section 3.2, by that of the outputs). Even, alternate, first or last blocks need no data (Sajjad et al. 2023,
+    section 3); `even` spreads what stays among branches with weights of the same shapes, so that whole layers of a transformer go. What
+    follows is refitted when there are calibration data. A normalization after the sum goes along where that is better, for `even` always.
     """
 
     stage: ClassVar[Stage | None] = Stage.STRUCTURE
@@ -59,6 +61,8 @@ class Blocks(Step):
         criterion = self.criterion or ("change" if task.has("calibration") else "alternate")
         if criterion == "change" and chosen:
             changes = _cheapest(graph, chosen, count, Deviation(graph, inputs(task, self.judged, graph)))
+        elif criterion == "even":
+            changes = _even(graph, chosen, 1 - self.ratio)
         else:
             order = {"first": chosen, "last": chosen[::-1], "alternate": chosen[1::2] + chosen[::2]}.get(criterion, [])
             changes = {block.name: {"layers": list(block.layers), "end": "sum"} for block in order[:count]}
@@ -89,6 +93,21 @@ class Blocks(Step):
         if block is None:
             return "it is in no residual branch"
         return f"the block of {block.name} counts for more" if block in chosen else f"the block of {block.name} is excluded"
+
+
+def _even(graph: Graph, chosen: list[Block], share: float) -> dict[str, dict[str, Any]]:
+    """All but this share, evenly, of the blocks that are alike, of all if no two are; with the norms behind them where all have one."""
+    weights = {layer.name: layer.weight for layer in layers(graph)}
+    alike: dict[Any, list[Block]] = {}
+    for block in chosen:
+        alike.setdefault(tuple(graph.tensor(weights[name]).shape for name in block.layers), []).append(block)
+    gone: dict[str, dict[str, Any]] = {}
+    for members in alike.values() if len(alike) < len(chosen) else [chosen]:
+        count = max(1, math.ceil(share * len(members) - 1e-9))
+        kept = {place * len(members) // count for place in range(count)}
+        end = "norm" if all(block.norm is not None for block in members) else "sum"
+        gone |= {block.name: {"layers": list(block.layers), "end": end} for place, block in enumerate(members) if place not in kept}
+    return {block.name: gone[block.name] for block in chosen if block.name in gone}
 
 
 def _end(block: Block, which: str) -> fx.Node:
