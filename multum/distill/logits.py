@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..errors import StepError
 from ..graph import Graph
 from ..graph.layers import QUANTIZERS
 from ..step import Plan, Step, option
-from ..task import Task
-from ..train import Rate, Training, default_rate, recover
+from ..task import Task, call
+from ..train import Companion, Rate, Training, default_rate, recover
 from ..train.teacher import ALPHA, TEMPERATURE, Hint
 
 
@@ -28,6 +31,7 @@ class Logits(Step):
     alpha: float = option(ALPHA, "weight of the original's outputs in the loss, 0 to 1; the task's loss has the rest")
     optimizer: str = option("adamw", "adamw or sgd")
     patience: int = option(5, "passes without a better validation score after which training stops; 0: never")
+    baseline: bool = option(False, "train a copy alike without the original as well, tell what it gained, and keep the better of the two")
     bits: float | None = option(None, "most entropy of the quantized weights at the end, bits per weight: bounds the size of the file")
 
     def plan(self, graph: Graph, task: Task) -> Plan:
@@ -37,6 +41,8 @@ class Logits(Step):
             raise StepError(f"alpha is {self.alpha!r}.", "a number from 0 to 1")
         if self.alpha == 0 and task.loss is None:
             raise StepError(f"alpha is 0 and the task {task.name!r} has no loss.", "Task(..., loss=...) or an alpha above 0")
+        if self.baseline and (task.loss is None or task.validation is None):
+            raise StepError("The gain of the original cannot be measured.", "a task with a loss and validation data", "baseline=False")
         if self.bits is not None and not graph.find(*QUANTIZERS):
             raise StepError(
                 f"{self.bits} bits are asked for and no weight is quantized.", "quantized weights", "put quantize.RateDistortion before"
@@ -50,8 +56,21 @@ class Logits(Step):
         return self._learn(graph, plan, task, workdir)
 
     def _learn(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None, hint: Hint | None = None) -> dict[str, Any]:
-        alpha, companions = plan.changes["*"]["alpha"], [] if self.bits is None else [Rate(self.bits)]
-        return recover(graph, task, self._training(graph), workdir, companions, self.temperature, alpha, hint)
+        alpha, how = plan.changes["*"]["alpha"], self._training(graph)
+        alone = graph.copy() if self.baseline else None
+        measured = recover(graph, task, how, workdir, self._companions(), self.temperature, alpha, hint)
+        if alone is None:
+            return measured
+        recover(alone, task, how, workdir and workdir / "alone", self._companions(), alpha=0.0)
+        ours, theirs = (float(np.mean(task.score(partial(call, one)))) for one in (graph, alone))
+        gain = ours - theirs if task.higher_is_better else theirs - ours
+        if gain < 0:
+            for name, value in alone.named_tensors():
+                graph.set_tensor(name, value)
+        return measured | {"alone": theirs, "gain": gain, "taught": gain >= 0}
+
+    def _companions(self) -> list[Companion]:
+        return [] if self.bits is None else [Rate(self.bits)]
 
     def _training(self, graph: Graph) -> Training:
         rate = default_rate(graph, self.optimizer) if self.learning_rate is None else self.learning_rate

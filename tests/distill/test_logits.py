@@ -165,3 +165,41 @@ def test_it_recovers_a_network_that_lost_a_third_of_its_channels(fashion: Task) 
     assert before < original - 30
     assert after > original - 5
     assert fashion.original.fingerprint() == bits
+
+
+def labelled(lies: bool) -> Task:
+    """Few labels; the teacher knows the rule by which they are given, or has it the wrong way round."""
+    torch.manual_seed(0)
+    rule = nn.Linear(6, 3)
+    x, more = torch.randn(256, 6), torch.randn(512, 6)
+    labels = rule(x).argmax(1)
+    noisy = torch.where(torch.rand(256) < 0.4, torch.randint(0, 3, (256,)), labels)
+    if lies:
+        noisy = labels
+        rule.weight.data *= -1
+        rule.bias.data *= -1
+    true = rule(more).argmin(1) if lies else rule(more).argmax(1)
+    train = list(zip(x.split(32), noisy.split(32), strict=True))
+
+    def accuracy(predict: object, data: object) -> Tensor:
+        return torch.cat([100.0 * (predict(x).argmax(1) == y) for x, y in data])
+
+    return Task(rule, x[:2], train=train, validation=[(more, true)], loss=nn.functional.cross_entropy, metric=accuracy)
+
+
+@pytest.mark.parametrize("lies", [False, True])
+def test_the_gain_is_measured_and_a_teacher_that_does_not_help_is_dropped(lies: bool) -> None:
+    task = labelled(lies)
+    torch.manual_seed(1)
+    student = nn.Linear(6, 3)
+    result = compress(task, Logits(epochs=30, learning_rate=0.03, baseline=True), student=student)
+    measured = result.records[0].measured
+    score = float(task.score(result.graph).mean())
+    assert measured["taught"] is not lies
+    assert measured["gain"] < -10 if lies else measured["gain"] > 0
+    assert score == pytest.approx(measured["alone"] if lies else measured["alone"] + measured["gain"])
+
+
+def test_a_gain_needs_a_loss_and_something_to_measure_it_on() -> None:
+    with pytest.raises(StepError, match="gain of the original cannot be measured"):
+        compress(task_of(Net()), Logits(baseline=True))
