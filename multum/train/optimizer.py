@@ -24,7 +24,8 @@ class Training:
     """How to train. `epochs` may be a fraction of a pass; the rate warms up linearly, then falls to zero as a cosine.
 
     `warmup` is a share of all steps; `clip` bounds the norm of the gradient (0: not at all); `patience` is the number of
-    passes without a better validation score after which training stops (0: never).
+    passes without a better validation score after which training stops (0: never); in `memory` MB the teacher's answers are kept for
+    the passes to come.
     """
 
     epochs: float = 1.0
@@ -34,6 +35,7 @@ class Training:
     warmup: float = 0.05
     clip: float = 1.0
     patience: int = 5
+    memory: float = 256.0
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "sgd"):
@@ -41,7 +43,7 @@ class Training:
         for name in ("epochs", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TrainError(f"{name} is {getattr(self, name)!r}.", "a number above zero")
-        for name, most in (("weight_decay", math.inf), ("warmup", 1.0), ("clip", math.inf), ("patience", math.inf)):
+        for name, most in (("weight_decay", math.inf), ("warmup", 1.0), ("clip", math.inf), ("patience", math.inf), ("memory", math.inf)):
             if not 0 <= getattr(self, name) <= most:
                 raise TrainError(f"{name} is {getattr(self, name)!r}.", f"a number from 0 to {most}")
 

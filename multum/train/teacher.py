@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..graph import Graph
+from ..graph import Graph, spec
 from ..graph.fuse import fuse
 from ..graph.model import aten
 from ..task import Task, call, tensors
@@ -17,6 +17,7 @@ from .companion import Companion
 from .layout import arrange, lay_out
 from .loop import fit
 from .losses import imitation
+from .memory import Memory
 from .optimizer import Training
 
 TEMPERATURE, ALPHA = 4.0, 0.9
@@ -29,16 +30,18 @@ Hint = tuple[Callable[[list[Any], list[Any]], Tensor], Sequence[fx.Node]]
 class Teacher:
     """A copy of the original, on the device and in the layout of the inputs it is asked with. Keeps no gradients.
 
-    Fused, unless that would lose one of the operators `seen`, whose results are in `hidden` after a call.
+    Fused, unless that would lose one of the operators `seen`, whose results are in `hidden` after a call. Answers that it gave before
+    come out of a memory of so many bytes. A network in training mode is asked as it is for use: its statistics stay.
     """
 
-    def __init__(self, original: Graph, seen: Sequence[fx.Node] = ()):
-        self.graph = original.copy()
+    def __init__(self, original: Graph, seen: Sequence[fx.Node] = (), memory: float = 0.0):
+        self.graph, self.memory, self.hidden = original.copy().eval(), Memory(memory), list[Any]()
+        self.taps = len(seen)
         fuse(self.graph)
         if seen:
             names = [node.name for node in seen]
             if not set(names) <= {node.name for node in self.graph.fx.nodes}:
-                self.graph = original.copy()
+                self.graph = original.copy().eval()
             known = {node.name: node for node in self.graph.fx.nodes}
             self.graph.tap([known[name] for name in names])
         self.format = lay_out(self.graph)
@@ -50,9 +53,14 @@ class Teacher:
         if device != self.device:
             self.graph.to(device)
             self.device = device
-        outputs = call(self.graph, arrange(inputs, device, self.format))
-        self.hidden = self.graph.tapped
-        return outputs
+        leaves = self.memory(inputs, self._ask)
+        own = len(leaves) - self.taps
+        self.hidden = leaves[own:]
+        return spec.unflatten(leaves[:own], self.graph.outputs)
+
+    def _ask(self, inputs: Any) -> list[Tensor]:
+        outputs = call(self.graph, arrange(inputs, self.device, self.format))
+        return [*spec.flatten(outputs, self.graph.outputs), *self.graph.tapped]
 
 
 def recover(
@@ -69,7 +77,8 @@ def recover(
 
     With a `hint` the graph is tapped at as many places, and the term over what it gives there is added.
     """
-    teacher, own = Teacher(task.original, hint[1] if hint else ()), task.loss
+    memory = how.memory * 2**20 if how.epochs > 1 else 0.0  # in a single pass no sample comes twice
+    teacher, own = Teacher(task.original, hint[1] if hint else (), memory), task.loss
     alpha = 1.0 if own is None else alpha
 
     def loss(inputs: Any, outputs: Any, targets: Any) -> Tensor:

@@ -1,0 +1,217 @@
+"""Students with and without their teacher: `python bench/distill.py resnet mobile minilm-3 minilm-2 vowels`, after `make models`.
+
+For every pair, seed and method the same student is trained for the same steps on the same batches; `alone` has the labels only.
+Scores are of the test data, in PyTorch. `table` prints what out/bench/distill/runs.jsonl holds: the share of the gap between teacher and
+student alone that a method recovers, on the means over the seeds. `speed` writes MiniLM with half its layers after a whole pass, and times
+it. `overhead` times steps of a training.
+The vowels need: python -m pip install --no-deps aeon==1.6.0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import multum
+from multum.distill import Attention, Hidden, Logits, Relations, student
+from multum.export import to_onnx_bytes
+from multum.runtime.benchmark import bench, verdict
+from multum.task import call
+from multum.train import Teacher, Training, recover
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "out" / "bench" / "distill"
+LINES = OUT / "runs.jsonl"
+IMAGES, DOCUMENTS = 12_800, 2_496  # that students see: a part of the training data
+
+
+class Separable(nn.Sequential):
+    """A MobileNet in small: depthwise and pointwise convolutions, 13,306 parameters."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        for inputs, outputs, stride in ((16, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1)):
+            layers += [nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False), nn.BatchNorm2d(inputs), nn.ReLU()]
+            layers += [nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def fashion(seed: int) -> multum.Task:
+    task = replace(multum.load_task(ROOT / "examples/fashion_mnist/task.py"), seed=seed, validation=None)
+    task.train.images, task.train.labels = task.train.images[:IMAGES], task.train.labels[:IMAGES]
+    task.train.random.manual_seed(seed)
+    return task
+
+
+def reuters(seed: int) -> multum.Task:
+    task = replace(multum.load_task(ROOT / "examples/reuters/task.py"), seed=seed, validation=None)
+    task.train.inputs = {name: value[:DOCUMENTS] for name, value in task.train.inputs.items()}
+    task.train.labels = task.train.labels[:DOCUMENTS]
+    task.train.random.manual_seed(seed)
+    return task
+
+
+class Vowels(nn.Sequential):
+    """Convolutions over time, input [n, 12, 29], output [n, 9] logits."""
+
+    def __init__(self, width: int, layers: int = 3) -> None:
+        parts: list[nn.Module] = []
+        for place in range(layers):
+            parts += [nn.Conv1d(width if place else 12, width, 5, padding=2, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+        super().__init__(*parts, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, 9))
+
+
+def series(part: str) -> tuple[Tensor, Tensor]:
+    """JapaneseVowels: 270 and 370 utterances of nine speakers, [n, 12, 29], and who speaks [n]."""
+    import importlib.metadata
+
+    name = f"JapaneseVowels_{part}.ts"
+    file = next(Path(str(file.locate())) for file in importlib.metadata.files("aeon") or [] if file.name == name)
+    rows = [line.split(":") for line in file.read_text().splitlines() if line and line[0] not in "#@"]
+    values = torch.zeros(len(rows), 12, 29)
+    for place, row in enumerate(rows):
+        for channel, text in enumerate(row[:12]):
+            numbers = [float(number) for number in text.split(",")]
+            values[place, channel, : len(numbers)] = torch.tensor(numbers)
+    return values, torch.tensor([int(row[12]) - 1 for row in rows])
+
+
+def vowels(seed: int) -> multum.Task:
+    (x, y), test = series("TRAIN"), series("TEST")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    batches = list(zip(x[order].split(30), y[order].split(30), strict=True))
+
+    def accuracy(predict: Callable[[Tensor], Tensor], data: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return torch.cat([100.0 * (predict(a).argmax(1) == b) for a, b in data])
+
+    torch.manual_seed(0)
+    teacher, loss = Vowels(64), nn.functional.cross_entropy
+    task = multum.Task(teacher, x[:2], train=batches, test=[test], loss=loss, metric=accuracy, seed=seed)
+    teacher = multum.compress(replace(task, seed=0), Logits(alpha=0.0, epochs=60, learning_rate=3e-3)).graph
+    return replace(task, model=teacher)
+
+
+def fresh(make: Callable[[], nn.Module], task: multum.Task) -> nn.Module:
+    torch.manual_seed(task.seed)
+    return make()
+
+
+def narrow(task: multum.Task) -> nn.Module:
+    return student(task.original, width=0.5)
+
+
+def shallow(depth: float, task: multum.Task) -> nn.Module:
+    return student(task.original, width=1.0, depth=depth)
+
+
+# the task, the student, passes and learning rate (the default when None), and what else than plain soft labels is tried
+PAIRS = {
+    "resnet": (fashion, narrow, 3.0, None, {"hidden": Hidden, "attention": partial(Hidden, loss="attention")}),
+    "mobile": (fashion, partial(fresh, Separable), 6.0, 3e-3, {"hidden": Hidden, "relations": Relations}),
+    "minilm-3": (reuters, partial(shallow, 1 / 2), 1.0, None, {"attention": Attention, "patient": partial(Hidden, loss="patient")}),
+    "minilm-2": (reuters, partial(shallow, 1 / 3), 1.0, None, {"attention": Attention, "patient": partial(Hidden, loss="patient")}),
+    "vowels": (vowels, partial(fresh, partial(Vowels, 6, 2)), 200.0, 3e-3, {"hidden": Hidden, "relations": Relations}),
+}
+
+
+def score(task: multum.Task, graph: nn.Module) -> float:
+    return float(np.mean(task.score(partial(call, graph), "test")))
+
+
+def run(pair: str, seeds: list[int]) -> None:
+    make, begin, epochs, rate, others = PAIRS[pair]
+    for seed in seeds:
+        methods = {"alone": partial(Logits, alpha=0.0), "soft labels": Logits} | others
+        for name, method in methods.items():
+            task = make(seed)
+            first, clock = begin(task), time.process_time()
+            graph = multum.compress(task, method(epochs=epochs, learning_rate=rate, patience=0), student=first).graph
+            row = {"pair": pair, "seed": seed, "method": name, "test": score(task, graph), "seconds": time.process_time() - clock}
+            row |= {
+                "teacher": score(task, task.original),
+                "parameters": [sum(p.numel() for p in g.parameters()) for g in (task.original, graph)],
+            }
+            print(row, flush=True)
+            with LINES.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def table() -> None:
+    rows = [json.loads(line) for line in LINES.read_text().splitlines()]
+    print("| pair | parameters | teacher | method | test, mean of seeds | share of the gap |\n|---|---|---|---|---|---|")
+    for pair in dict.fromkeys(row["pair"] for row in rows):
+        own = [row for row in rows if row["pair"] == pair]
+        scores = {method: [row["test"] for row in own if row["method"] == method] for method in dict.fromkeys(row["method"] for row in own)}
+        teacher, alone = (float(np.mean(values)) for values in ([row["teacher"] for row in own], scores["alone"]))
+        for method, found in scores.items():
+            share = f"{(np.mean(found) - alone) / (teacher - alone):.0%}" if method != "alone" else ""
+            before, after = own[0]["parameters"]
+            listed = ", ".join(f"{value:.2f}" for value in found)
+            print(f"| {pair} | {before:,} -> {after:,} | {teacher:.2f} | {method} | {np.mean(found):.2f} ({listed}) | {share} |")
+
+
+def speed() -> None:
+    """MiniLM, half of its layers, a pass over all training texts: the score of the deployed file, and its time at batch 1 on a thread."""
+    task = multum.load_task(ROOT / "examples/reuters/task.py")
+    files = {"original": OUT / "original.onnx", "student": OUT / "student.onnx"}
+    graph = multum.compress(task, Logits(), student=shallow(0.5, task), workdir=OUT / "minilm").graph
+    for name, one in (("original", task.original), ("student", graph)):
+        files[name].write_bytes(to_onnx_bytes(one))
+        predict = multum.Session(files[name], engine="onnxruntime", threads=1).predict
+        print(f"{name}: {float(np.mean(task.score(predict, 'test'))):.2f}", flush=True)
+    for engine in ("onnxruntime", "openvino"):
+        sessions = {name: multum.Session(file, engine=engine) for name, file in files.items()}
+        print(f"{engine}: {verdict(bench(sessions, task.example, batches=(1,), threads=(1,)), 'student', 'original').reason}", flush=True)
+
+
+def overhead() -> None:
+    """Processor time of a step of the smaller ResNet: trainings of nine passes less those of three, images augmented or not."""
+    forward: list[float] = []
+    for augmented in (True, False):
+        seconds = {}
+        for name, alpha, memory in (("student", 0.0, 0.0), ("distilled", 0.9, 0.0), ("distilled, remembered", 0.9, 256.0)):
+            spent = []
+            for epochs in (3, 9):
+                task = fashion(0)
+                task.train.images, task.train.labels = task.train.images[:6_400], task.train.labels[:6_400]
+                if not augmented:
+                    task = replace(task, train=list(task.train))
+                graph, how = narrow(task), Training(epochs=epochs, patience=0, memory=memory)
+                clock = time.process_time()
+                recover(graph, task, how, alpha=alpha)
+                spent.append(time.process_time() - clock)
+            seconds[name] = (spent[1] - spent[0]) / 300
+        teacher, batch = Teacher(task.original), next(iter(task.data("train")))[0]
+        for _ in range(40):
+            clock = time.process_time()
+            teacher(batch)
+            forward.append(time.process_time() - clock)
+        both = seconds["student"] + float(np.median(forward))
+        print("augmented" if augmented else "the same images each pass")
+        print(f"  teacher {1e3 * float(np.median(forward)):.1f} ms; " + ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in seconds.items()))
+        ratio, alone = seconds["distilled"] / both, seconds["distilled, remembered"] / seconds["student"]
+        print(f"  distilled {ratio:.2f}x of teacher and student step; remembered {alone:.2f}x of the student step", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=[*PAIRS, "table", "speed", "overhead"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    given = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    for what in given.what:
+        run(what, given.seeds) if what in PAIRS else {"table": table, "speed": speed, "overhead": overhead}[what]()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
