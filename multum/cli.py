@@ -50,6 +50,7 @@ Folder = Annotated[Path, typer.Argument(metavar="OUT", help="a folder that compr
 TaskRef = Annotated[str, typer.Argument(metavar="TASK", help="path.py, path.py:function or package.module:function")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="a .mip file")]
 Out = Annotated[Path, typer.Option("--out", help="the folder for the result")]
+Tensorboard = Annotated[Path | None, typer.Option(metavar="DIR", help="write the curves of every training there, for TensorBoard")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout and nothing else there")]
 
 
@@ -94,6 +95,7 @@ def compress(
     max_drop: Annotated[float | None, typer.Option(help="largest loss, in the unit of the task's score")] = None,
     minutes: Annotated[float | None, typer.Option(help="end the search after this time; the last measurement comes on top")] = None,
     out: Out = Path("out"),
+    tensorboard: Tensorboard = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the recipe that meets a target; write the model and the evidence.
@@ -102,9 +104,10 @@ def compress(
     """
     from .search import Target, search
     from .task import load_task
+    from .train import shown
 
     target = Target(size, speed, max_drop, minutes)
-    with _working():
+    with _working(), shown(tensorboard):
         outcome = search(load_task(task), target, out, tell=_tell)
     _finish(outcome, as_json)
 
@@ -115,6 +118,7 @@ def run(
     task: TaskRef,
     out: Out = Path("out"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what each step would do, and stop")] = False,
+    tensorboard: Tensorboard = None,
     as_json: AsJson = False,
 ) -> None:
     """Carry out a recipe; write the model and the evidence."""
@@ -122,10 +126,11 @@ def run(
     from .report import terminal
     from .search import run as run_recipe
     from .task import load_task
+    from .train import shown
 
     steps = step.Recipe.load(recipe)
     if not dry_run:
-        with _working():
+        with _working(), shown(tensorboard):
             outcome = run_recipe(load_task(task), steps, out, tell=_tell)
         _finish(outcome, as_json)
         return

@@ -14,7 +14,7 @@ from ..graph import Graph
 from ..graph.layers import QUANTIZERS
 from ..step import Plan, Step, option
 from ..task import Task, call
-from ..train import Companion, Rate, Training, default_rate, recover
+from ..train import Augment, Average, Companion, Rate, Training, default_rate, recover
 from ..train.teacher import ALPHA, TEMPERATURE, Hint
 
 
@@ -31,6 +31,8 @@ class Logits(Step):
     alpha: float = option(ALPHA, "weight of the original's outputs in the loss, 0 to 1; the task's loss has the rest")
     optimizer: str = option("adamw", "adamw or sgd")
     patience: int = option(5, "passes without a better validation score after which training stops; 0: never")
+    augment: str | tuple[str, ...] = option((), "what is done to the student's inputs: crop, flip, cutout, mixup, cutmix; tokens")
+    average: float = option(0.0, "decay of the mean of past weights, which then is the result, such as 0.999; 0: the weights themselves")
     baseline: bool = option(False, "train a copy alike without the original as well, tell what it gained, and keep the better of the two")
     bits: float | None = option(None, "most entropy of the quantized weights at the end, bits per weight: bounds the size of the file")
 
@@ -47,6 +49,7 @@ class Logits(Step):
             raise StepError(
                 f"{self.bits} bits are asked for and no weight is quantized.", "quantized weights", "put quantize.RateDistortion before"
             )
+        self._companions()  # which refuse what they cannot be
         how = self._training(graph)
         alpha = self.alpha if task.loss else 1.0
         change = {"epochs": how.epochs, "learning_rate": how.learning_rate, "optimizer": how.optimizer, "bits": self.bits}
@@ -70,7 +73,10 @@ class Logits(Step):
         return measured | {"alone": theirs, "gain": gain, "taught": gain >= 0}
 
     def _companions(self) -> list[Companion]:
-        return [] if self.bits is None else [Rate(self.bits)]
+        names = (self.augment,) if isinstance(self.augment, str) else self.augment
+        found: list[Companion] = [Augment(names)] if names else []
+        found += [Average(self.average)] if self.average else []
+        return found + ([] if self.bits is None else [Rate(self.bits)])
 
     def _training(self, graph: Graph) -> Training:
         rate = default_rate(graph, self.optimizer) if self.learning_rate is None else self.learning_rate

@@ -1,5 +1,8 @@
 """The one training loop, where its tensors lie, and training toward the original."""
 
+from .augment import Augment
+from .average import Average
+from .board import shown
 from .companion import Companion
 from .layout import arrange, lay_out
 from .loop import Loss, fit
@@ -8,6 +11,8 @@ from .rate import Rate, entropy
 from .teacher import Teacher, default_rate, recover
 
 __all__ = [
+    "Augment",
+    "Average",
     "Companion",
     "Loss",
     "Rate",
@@ -19,4 +24,5 @@ __all__ = [
     "fit",
     "lay_out",
     "recover",
+    "shown",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,14 @@ class Companion:
     """
 
     key: str = ""
+
+    def view(self, inputs: Any) -> Any:
+        """What the network is given in place of a batch of inputs; the loss gets the batch as it came."""
+        return inputs
+
+    def judged(self) -> AbstractContextManager[None]:
+        """Inside, the graph is what is judged, and kept when it is the best."""
+        return nullcontext()
 
     def join(self, graph: Graph) -> None:
         """Called once, with the graph that trains, on its device."""

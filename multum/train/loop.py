@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..graph import Graph
 from ..graph.sparse import zeros_frozen
 from ..task import Task, call
 from . import checkpoint
+from .board import Board
 from .companion import Companion
 from .layout import arrange, convert, lay_out
 from .optimizer import Training, optimizer, scales
@@ -73,7 +74,7 @@ class _Run:
     def __init__(self, graph: Graph, task: Task, loss: Loss, how: Training, workdir: Path | None, companions: Sequence[Companion]):
         from accelerate import Accelerator
 
-        self.companions = companions
+        self.companions, self.board = companions, Board()
         self.graph, self.task, self.loss, self.how = graph, task, loss, how
         self.home = next(graph.parameters()).device
         key = [graph.fingerprint(), asdict(how), task.seed, [companion.key for companion in companions]]
@@ -120,6 +121,7 @@ class _Run:
 
     def close(self) -> None:
         """Gives the graph back as it came: on its device, without wrappers, in eval mode."""
+        self.board.close()
         for name in ("forward", "_original_forward"):  # put there by Accelerate for mixed precision
             self.graph.__dict__.pop(name, None)
         if self.format is torch.channels_last:
@@ -151,8 +153,11 @@ class _Run:
     def _update(self, inputs: Any, targets: Any) -> None:
         device = self.accelerator.device
         inputs, targets = arrange(inputs, device, self.format), arrange(targets, device)
+        seen = inputs
+        for companion in self.companions:
+            seen = companion.view(seen)
         with self.accelerator.autocast():
-            value = self.loss(inputs, call(self.model, inputs), targets)
+            value = self.loss(inputs, call(self.model, arrange(seen, format=self.format)), targets)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             form = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise TrainError(f"The loss gave {form}.", "one number that depends on the outputs")
@@ -192,6 +197,8 @@ class _Run:
                     f"lower the learning rate ({self.how.learning_rate:g}); the state of step {self.kept} is restored",
                 )
         self.losses += values
+        if values:
+            self.board.scalars(self.step, loss=float(np.mean(values)), rate=self.how.rate(self.step - 1, self.steps))
 
     def _score(self) -> float | None:
         if self.task.validation is None:
@@ -205,6 +212,7 @@ class _Run:
         # the statistics of batch normalization differ between processes: the first one decides for all
         value = float(broadcast(torch.tensor(float(score), dtype=torch.float64, device=device)))
         self.validation.append((self.step, value))
+        self.board.scalars(self.step, score=value)
         return value
 
     def _keep(self) -> None:
@@ -212,11 +220,15 @@ class _Run:
 
         Until the companions are content, the last state is the best.
         """
-        score, content = self._score(), all(companion.met() for companion in self.companions)
-        better = score is None or self.best is None or (score > self.best if self.task.higher_is_better else score < self.best)
-        if self.best is None or (content and better):
-            self.kept, self.state = self.step, _state(self.graph)
-            self.best = score if content else None
+        self.board.histograms(self.step, self.graph)
+        with ExitStack() as judged:
+            for companion in self.companions:
+                judged.enter_context(companion.judged())
+            score, content = self._score(), all(companion.met() for companion in self.companions)
+            better = score is None or self.best is None or (score > self.best if self.task.higher_is_better else score < self.best)
+            if self.best is None or (content and better):
+                self.kept, self.state = self.step, _state(self.graph)
+                self.best = score if content else None
 
     def _patience_is_over(self) -> bool:
         return bool(self.how.patience and self.kept) and sum(step > self.kept for step, _ in self.validation) >= self.how.patience
@@ -280,6 +292,9 @@ def _fit_by_task(graph: Graph, task: Task, loss: Loss, companions: Sequence[Comp
         losses.append(value.detach())
         return value
 
+    if changed := [companion for companion in companions if {"view", "judged"} & type(companion).__dict__.keys()]:
+        named = type(changed[0]).__name__
+        raise TrainError(f"The task's own fit knows nothing of {named!r}.", "a training by the one loop", "a task without fit")
     state = _state(graph)
     graph.train()
     task.fit(graph, noted)

@@ -37,7 +37,7 @@ class Memory:
         missing = [row for row, key in enumerate(keys) if key not in self.places]
         known = [row for row, key in enumerate(keys) if key in self.places]
         places = [self.places[keys[row]] for row in known]
-        answers = ask(inputs if not known else _taken(inputs, missing)) if missing else []
+        answers = ask(inputs if not known else picked(inputs, missing)) if missing else []
         if any(not leaf.ndim or len(leaf) != len(missing) for leaf in answers):  # they say nothing of single samples
             self._give_up()
             return answers if not known else ask(inputs)
@@ -89,13 +89,13 @@ class Memory:
         return found[:, : words.shape[1]]
 
 
-def _taken(value: Any, rows: list[int]) -> Any:
-    """These samples of nested inputs."""
+def picked(value: Any, rows: list[int] | Tensor) -> Any:
+    """These samples of a nested value [n, ...]."""
     if isinstance(value, Tensor):
         return value[rows]
     if isinstance(value, dict):
-        return {key: _taken(part, rows) for key, part in value.items()}
-    return type(value)(_taken(part, rows) for part in value) if isinstance(value, tuple | list) else value
+        return {key: picked(part, rows) for key, part in value.items()}
+    return type(value)(picked(part, rows) for part in value) if isinstance(value, tuple | list) else value
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

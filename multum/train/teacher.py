@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..errors import TrainError
 from ..graph import Graph, spec
 from ..graph.fuse import fuse
 from ..graph.model import aten
 from ..task import Task, call, tensors
+from .augment import Augment, mixed
+from .board import note
 from .companion import Companion
 from .layout import arrange, lay_out
 from .loop import fit
 from .losses import imitation
-from .memory import Memory
+from .memory import Memory, picked
 from .optimizer import Training
 
 TEMPERATURE, ALPHA = 4.0, 0.9
@@ -81,12 +84,25 @@ def recover(
     teacher, own = Teacher(task.original, hint[1] if hint else (), memory), task.loss
     alpha = 1.0 if own is None else alpha
 
+    augment = next((companion for companion in companions if isinstance(companion, Augment)), None)
+    if augment and hint:
+        raise TrainError("Hidden values of changed inputs do not answer to the teacher's.", "no augmentation, or only toward outputs")
+
     def loss(inputs: Any, outputs: Any, targets: Any) -> Tensor:
-        given = teacher(inputs) if alpha > 0 or hint else None
-        total = alpha * imitation(outputs, given, targets, temperature) if alpha > 0 else torch.zeros(())
+        mix, terms = augment.mix if augment else None, dict[str, Tensor]()
+        if alpha > 0 or hint:
+            given = mixed(teacher(inputs), mix)
+        if alpha > 0:
+            terms["teacher"] = alpha * imitation(outputs, given, targets, temperature)
         if hint:
-            total = total + hint[0](graph.tapped, teacher.hidden)
-        return total + (1 - alpha) * own(outputs, targets) if own and alpha < 1 else total
+            terms["hidden"] = hint[0](graph.tapped, teacher.hidden)
+        if own and alpha < 1:
+            terms["task"] = (1 - alpha) * own(outputs, targets)
+            if mix:
+                terms["task"] = mix[1] * terms["task"] + (1 - mix[1]) * (1 - alpha) * own(outputs, picked(targets, mix[0]))
+        for term, value in terms.items():
+            note(term, value)
+        return sum(terms.values(), start=torch.zeros((), device=next(tensors(outputs)).device))
 
     return fit(graph, task, loss, how, workdir, companions)
 
