@@ -32,7 +32,7 @@ _PLACES = {
     "run": "search",
     "report": "report",
 }
-_FAMILIES = ("prune", "factorize", "quantize", "distill")
+_FAMILIES = ("prune", "factorize", "share", "quantize", "distill")
 
 __all__ = [*_PLACES, *_FAMILIES]
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"step", "train"},
     {"analyze"},
     {"pack"},
-    {"prune", "factorize", "quantize"},
+    {"prune", "factorize", "share", "lighten", "quantize"},
     {"runtime", "distill"},
     {"search", "report"},
     {"testing", "cli"},

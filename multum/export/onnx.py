@@ -100,6 +100,8 @@ def _projects(lstm: fx.Node) -> bool:
 
 
 def _translate(graph: Graph, inputs: list[str], outputs: list[str]) -> Any:
+    from onnxscript.optimizer import optimize_ir
+    from onnxscript.rewriter import onnx_fusions
     from torch._decomp.decompositions import lstm_impl
 
     leaves = tuple(graph._example_leaves())
@@ -109,14 +111,19 @@ def _translate(graph: Graph, inputs: list[str], outputs: list[str]) -> Any:
             exported = torch.export.export(fx.GraphModule(graph.tensors, graph.fx), leaves, dynamic_shapes=dynamic, strict=False)
         if any(map(_projects, graph.find(aten.lstm.input))):  # which ONNX's own LSTM cannot
             exported = exported.run_decompositions({aten.lstm.input: lstm_impl})
-        return torch.onnx.export(
+        program = torch.onnx.export(
             exported,
             opset_version=OPSET,
             input_names=inputs,
             output_names=outputs,
             custom_translation_table=_translations(),
             verbose=False,
+            optimize=False,
         )
+        assert program is not None
+        optimize_ir(program.model, should_fold=_may_fold)
+        onnx_fusions.fuse(program.model)
+        return program
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the exporter wraps what went wrong in advice
@@ -127,6 +134,15 @@ def _translate(graph: Graph, inputs: list[str], outputs: list[str]) -> Any:
             "operators that ONNX has",
             "leave out the step that brought the operator in, if one did",
         ) from error
+
+
+def _may_fold(node: Any) -> bool | None:
+    """No, where small integers are cast to larger ones: they are indices into a codebook. Elsewhere the optimizer decides."""
+    if node.op_type == "Cast" and (value := node.inputs[0].const_value) is not None:
+        before, after = (str(kind).rpartition(".")[2] for kind in (value.dtype, node.outputs[0].dtype))
+        if before in ("INT8", "UINT8", "INT16") and after in ("INT32", "INT64"):
+            return False
+    return None
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -86,7 +86,16 @@ def _fold_constants(graph: Graph) -> list[str]:
 def _is_foldable(node: fx.Node) -> bool:
     value = node.meta.get("val")
     pure = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags
-    return pure and isinstance(value, Tensor) and value.numel() <= _LARGEST_CONSTANT
+    return pure and isinstance(value, Tensor) and value.numel() <= _LARGEST_CONSTANT and not _widens(node)
+
+
+def _widens(node: fx.Node) -> bool:
+    """Whether small integers are cast to larger ones: they are stored small on purpose."""
+    if node.target not in _CASTS or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+    whole = not (before is torch.bool or before.is_floating_point or after.is_floating_point)
+    return whole and bool(after.itemsize > before.itemsize)
 
 
 def _fold_pads(graph: Graph) -> list[str]:

@@ -15,6 +15,7 @@ from multum.factorize import SVD
 from multum.pack import describe
 from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
 from multum.quantize import Activations, Aware, Half, Mixed, RateDistortion, Static, WeightOnly
+from multum.share import Clusters
 from multum.step import methods
 from multum.task import call, logits
 from multum.testing.conformance import task as attentive
@@ -42,6 +43,7 @@ SHORT = {
     "quantize.WeightOnly": WeightOnly(bits=4),
     "quantize.RateDistortion": RateDistortion(),
     "quantize.Half": Half(),
+    "share.Clusters": Clusters(samples=16),
 }
 
 LOADER = textwrap.dedent("""
