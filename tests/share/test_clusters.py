@@ -47,10 +47,11 @@ def task() -> Task:
 
 def weights(graph: multum.Graph) -> dict[str, torch.Tensor]:
     """What each convolution and matrix product reads as its weight."""
+    graph = graph.copy()
     nodes = graph.find(aten.conv1d.default, aten.linear.default)
-    with graph.tap([node.args[1] for node in nodes]):
-        graph(torch.zeros(1, 5, dtype=torch.long))
-        return {str(node.meta["module"]): value.detach() for node, value in zip(nodes, graph.tapped, strict=True)}
+    graph.tap([node.args[1] for node in nodes])
+    graph(torch.zeros(1, 5, dtype=torch.long))
+    return {str(node.meta["module"]): value.detach() for node, value in zip(nodes, graph.tapped, strict=True)}
 
 
 @pytest.mark.parametrize(
