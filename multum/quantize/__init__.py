@@ -4,8 +4,9 @@ from .activations import Activations
 from .aware import Aware
 from .half import Half
 from .mixed import Mixed
+from .non_uniform import FixedPoint, NonUniform
 from .rate import RateDistortion
 from .static import Static
 from .weight_only import WeightOnly
 
-__all__ = ["Activations", "Aware", "Half", "Mixed", "RateDistortion", "Static", "WeightOnly"]
+__all__ = ["Activations", "Aware", "FixedPoint", "Half", "Mixed", "NonUniform", "RateDistortion", "Static", "WeightOnly"]

@@ -20,16 +20,18 @@ def weight_scale(weight: Tensor, grid: Grid) -> Tensor:
     return full_scale(weight, grid) if grid.high >= 127 else best_scale(weight, grid)
 
 
-def quantize_weight(graph: Graph, layer: Layer, bits: int, scale: float | None = None) -> None:
+def quantize_weight(graph: Graph, layer: Layer, bits: int, scale: float | Tensor | None = None) -> None:
     """Reads the layer's weight through a quantizer wherever the graph reads it, with a scale per output channel that trains.
 
-    A `scale` that is given is that of all channels, and stays.
+    A `scale` that is given, a number for all channels or one for each [channels], stays.
 
     The gradient of the scale is multiplied by 1 / sqrt(weights per scale * largest integer) (Esser et al. 2020, section 2.2).
     """
     weight = graph.tensor(layer.weight)
     grid = signed(bits, layer.scale_axis)
-    scales = weight_scale(weight, grid) if scale is None else weight.new_full([weight.shape[layer.scale_axis]], scale)
+    if isinstance(scale, float):
+        scale = weight.new_full([weight.shape[layer.scale_axis]], scale)
+    scales = weight_scale(weight, grid) if scale is None else scale
     graph.set_tensor(f"{layer.weight}_scale", scales, parameter=scale is None)
     graph.set_tensor(f"{layer.weight}_zero_point", torch.zeros_like(scales))
     reads = [node for node in graph.fx.nodes if node.op == "get_attr" and node.target == layer.weight]

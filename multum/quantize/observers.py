@@ -12,11 +12,12 @@ from torch import Tensor, fx
 from ..errors import StepError, TaskError
 from ..graph import Graph
 from ..graph.watch import Watch
-from ..task import Task, calibration
+from ..task import Task, batch_size, calibration
 from .grid import Grid, affine
 
 _HALF = 4096  # bins on each side of zero
 _KEPT = 0.9999  # share of the values that the percentile range holds
+_CLOSE = 0.05  # parts of a range that one more look may change
 _SHRINKS = np.linspace(1.0, 0.1, 91)  # parts of the full range that the MSE range tries
 
 
@@ -30,6 +31,7 @@ class Histogram:
         self.counts = torch.zeros(2 * _HALF, dtype=torch.float64)
         self.width = 0.0
         self.low, self.high = float("inf"), float("-inf")
+        self.widths: dict[int, float] = {}  # of the range that holds nearly all values, by the samples seen until then
 
     def update(self, x: Tensor) -> None:
         """Counts the values of x. Raises ValueError when some are NaN or infinite."""
@@ -51,6 +53,18 @@ class Histogram:
         merged = torch.zeros_like(self.counts)
         merged[_HALF // 2 : _HALF // 2 + _HALF] = self.counts.reshape(-1, 2).sum(1)
         self.counts, self.width = merged, 2 * self.width
+
+    def look(self, samples: int) -> None:
+        """Notes the range after so many samples."""
+        if self.low <= self.high:
+            low, high = percentile(self, Grid(0, 1))
+            self.widths[samples] = high - low
+
+    @property
+    def sufficed(self) -> int:
+        """The samples after which the range that is found last was there, and stayed, to within a twentieth."""
+        wrong = [seen for seen, width in self.widths.items() if abs(width - list(self.widths.values())[-1]) > _CLOSE * width]
+        return next((seen for seen in self.widths if seen > max(wrong, default=0)), 0)
 
     def bins(self) -> tuple[np.ndarray, np.ndarray]:
         """Centres and counts of the bins that are not empty."""
@@ -83,18 +97,46 @@ def mse(histogram: Histogram, grid: Grid) -> tuple[float, float]:
         rounded = scale * (np.clip(np.rint(centres / scale) + zero, grid.low, grid.high) - zero)
         return float(counts @ (rounded - centres) ** 2)
 
+    return _shrunk(histogram, error)
+
+
+def entropy(histogram: Histogram, grid: Grid) -> tuple[float, float]:
+    """The range whose rounded values tell most about the real ones: the least Kullback-Leibler divergence (Migacz 2017)."""
+    centres, counts = histogram.bins()
+
+    def divergence(low: float, high: float) -> float:
+        inside = (centres >= low) & (centres <= high)
+        scale, zero = affine(low, high, grid)
+        level = np.clip(np.rint(centres[inside] / scale) + zero, grid.low, grid.high).astype(int) - grid.low
+        own = counts[inside]
+        if not own.size:
+            return np.inf
+        real, size = own.copy(), grid.high - grid.low + 1
+        real[0] += counts[centres < low].sum()
+        real[-1] += counts[centres > high].sum()
+        spread = (np.bincount(level, own, size) / np.maximum(np.bincount(level, minlength=size), 1))[level]
+        return float((real * np.log((real / real.sum()) / (spread / spread.sum()))).sum() / real.sum())
+
+    return _shrunk(histogram, divergence)
+
+
+def _shrunk(histogram: Histogram, loss: Callable[[float, float], float]) -> tuple[float, float]:
+    """The range with the least loss when first its one end is shrunk, then the other."""
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    high = min((high * part for part in _SHRINKS), key=lambda end: error(low, end)) if high else high
-    low = min((low * part for part in _SHRINKS), key=lambda end: error(end, high)) if low else low
+    high = min((high * part for part in _SHRINKS), key=lambda end: loss(low, end)) if high else high
+    low = min((low * part for part in _SHRINKS), key=lambda end: loss(end, high)) if low else low
     return float(low), float(high)
 
 
-OBSERVERS: dict[str, Callable[[Histogram, Grid], tuple[float, float]]] = {"minmax": minmax, "percentile": percentile, "mse": mse}
+OBSERVERS: dict[str, Callable[[Histogram, Grid], tuple[float, float]]] = {
+    "minmax": minmax, "percentile": percentile, "mse": mse, "entropy": entropy,
+}  # fmt: skip
 
 
 def observe(graph: Graph, nodes: Iterable[fx.Node], task: Task, samples: int) -> dict[fx.Node, Histogram]:
     """A histogram of the values of each node on the calibration data, the graph in eval mode.
 
+    `Histogram.sufficed` tells after how many samples the range that holds nearly all values was there to within a twentieth.
     Raises StepError when a value is NaN or infinite, TaskError when the data hold no sample or nothing but one number.
     """
     histograms = {node: Histogram() for node in nodes}
@@ -114,9 +156,17 @@ def observe(graph: Graph, nodes: Iterable[fx.Node], task: Task, samples: int) ->
 
     graph.eval()
     watch = Watch(graph, {*histograms, *entries}, see)
+    seen, look = 0, 1
     with torch.inference_mode():
-        for inputs in calibration(task, samples):
+        for turn, inputs in enumerate(calibration(task, samples), 1):
             watch(inputs)
+            seen += batch_size(inputs)
+            if turn == look:  # after 1, 2, 4, 8 ... batches
+                look *= 2
+                for histogram in histograms.values():
+                    histogram.look(seen)
+    for histogram in histograms.values():
+        histogram.look(seen)
     if all(histogram.low >= histogram.high for histogram in entries.values()):
         raise TaskError("The calibration data are empty or hold nothing but one number.", "samples like those that the network will meet")
     return histograms

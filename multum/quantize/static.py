@@ -34,7 +34,7 @@ class Static(Step):
     weight_bits: int = option(8, "bits of a weight, 2 to 8")
     activation_bits: int = option(8, "bits of an activation, 2 to 8")
     edges: int = option(8, "least bits of the weights of the first and the last layer")
-    observer: str = option("mse", "how ranges are found: mse, percentile or minmax")
+    observer: str = option("mse", f"how ranges are found: {', '.join(OBSERVERS)}")
     samples: int = option(256, "calibration samples that are looked at")
     rounding: str = option("auto", ROUNDING)
     bias_correction: bool = option(True, "shift biases so that rounding leaves the mean outputs as they were")
@@ -58,7 +58,10 @@ class Static(Step):
         for root in dict.fromkeys(roots.values()):
             ranges = [OBSERVERS[self.observer](histograms[value], grid) for value in roots if roots[value] is root]
             scale, zero = affine(min(low for low, _ in ranges), max(high for _, high in ranges), grid)
-            parameters[root] = {"value": root.name, "bits": self.activation_bits, "scale": scale, "zero_point": zero}
+            sufficed = max(histograms[value].sufficed for value in roots if roots[value] is root)
+            parameters[root] = {
+                "value": root.name, "bits": self.activation_bits, "scale": scale, "zero_point": zero, "samples_sufficed": sufficed,
+            }  # fmt: skip
         changes = _changes(chosen, placement, parameters, weight_entries(chosen, self.weight_bits, self.edges, self.rounding))
         skipped |= {name: "its weight is quantized already" for name, change in changes.items() if not change}
         return Plan({name: change for name, change in changes.items() if change}, skipped)
@@ -69,6 +72,7 @@ class Static(Step):
         entries = [entry for change in plan.changes.values() for entry in change.values() if "value" in entry]
         quantize_values(graph, placement, {entry["value"]: entry for entry in entries})
         measured: dict[str, Any] = {"rounding": round_weights(graph, original, plan, task, self.samples, self.bias_correction)}
+        measured["samples_sufficed"] = max((entry["samples_sufficed"] for entry in entries), default=0)
         if self.bias_correction:
             measured["bias_shifts"] = correct_biases(graph, original, plan.changes, task, self.samples)
         return measured

@@ -14,7 +14,7 @@ from multum.errors import StepError
 from multum.factorize import SVD
 from multum.pack import describe
 from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
-from multum.quantize import Activations, Aware, Half, Mixed, RateDistortion, Static, WeightOnly
+from multum.quantize import Activations, Aware, FixedPoint, Half, Mixed, NonUniform, RateDistortion, Static, WeightOnly
 from multum.share import Clusters
 from multum.step import methods
 from multum.task import call, logits
@@ -38,6 +38,8 @@ SHORT = {
     "quantize.Activations": Activations(),
     "distill.Relations": Relations(epochs=0.2),
     "quantize.Aware": Aware(samples=16, epochs=0.2),
+    "quantize.FixedPoint": FixedPoint(),
+    "quantize.NonUniform": NonUniform(),
     "quantize.Mixed": Mixed(samples=16, trials=4),
     "quantize.Static": Static(),
     "quantize.WeightOnly": WeightOnly(bits=4),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from multum.errors import MultumError, StepError, TaskError
 from multum.graph.watch import Watch
 from multum.quantize.grid import affine, unsigned
-from multum.quantize.observers import Histogram, minmax, mse, observe, percentile
+from multum.quantize.observers import Histogram, entropy, minmax, mse, observe, percentile
 from multum.task import Task, calibration
 
 GRID = unsigned(8)
@@ -189,3 +189,31 @@ def test_a_network_that_overflows_is_named() -> None:
 
     with pytest.raises(StepError, match=r"log in '0' are NaN or infinite"):
         observed(Data(1), model=nn.Sequential(Root()))
+
+
+def test_entropy_keeps_the_bulk_and_gives_up_a_far_value() -> None:
+    x = torch.cat([torch.randn(100_000, generator=torch.Generator().manual_seed(0)), torch.tensor([50.0])])
+    low, high = entropy(histogram(x), GRID)
+    assert 3 < high < 12
+    assert -6 < low < -2
+    assert minmax(histogram(x), GRID)[1] == 50
+
+
+def test_entropy_by_hand() -> None:
+    # Two values on a grid of two integers: the whole range tells them apart, a smaller one does too but clips nothing less.
+    h = histogram(torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    assert entropy(h, unsigned(1)) == (0.0, 1.0)
+
+
+def test_how_many_samples_sufficed() -> None:
+    random = torch.Generator().manual_seed(0)
+    steady = [torch.rand(10, 100, generator=random) for _ in range(16)]
+    assert found(steady).sufficed == 10
+    late = [*steady[:8], *(5 * batch for batch in steady[8:])]
+    assert found(late).sufficed == 160
+
+
+def found(batches: list[Tensor]) -> Histogram:
+    made = Task(nn.Sequential(nn.ReLU(), nn.Linear(100, 2)), batches[0], calibration=[(batch, 0) for batch in batches])
+    node = next(node for node in made.original.fx.nodes if node.op == "call_function")
+    return observe(made.original, [node], made, 10_000)[node]
