@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,12 @@ class Task:
     def has(self, need: str) -> bool:
         """Whether the task has a part of the data, or a loss. Train data serve for calibration as well."""
         return getattr(self, need) is not None or (need == "calibration" and self.train is not None)
+
+    def but(self, **parts: Any) -> Task:
+        """The same task with other parts, such as `train`, and the same captured original."""
+        other = replace(self, **parts)
+        other.__dict__["original"] = self.original
+        return other
 
     def data(self, part: str) -> Batches:
         """The batches of one part of the data. Raises TaskError when the task has none."""

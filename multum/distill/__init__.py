@@ -1,8 +1,26 @@
 """Distillation: training toward what the original model gives."""
 
 from ..train import Teacher, default_rate, losses, recover
+from .assistant import Assistant
+from .datafree import DataFree
 from .hidden import Attention, Hidden, Relations
 from .logits import Logits
 from .student import student
+from .teachers import Teachers
+from .unlabelled import Unlabelled
 
-__all__ = ["Attention", "Hidden", "Logits", "Relations", "Teacher", "default_rate", "losses", "recover", "student"]
+__all__ = [
+    "Assistant",
+    "Attention",
+    "DataFree",
+    "Hidden",
+    "Logits",
+    "Relations",
+    "Teacher",
+    "Teachers",
+    "Unlabelled",
+    "default_rate",
+    "losses",
+    "recover",
+    "student",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ..graph.layers import QUANTIZERS
 from ..step import Plan, Step, option
 from ..task import Task, call
 from ..train import Augment, Average, Companion, Rate, Training, default_rate, recover
-from ..train.teacher import ALPHA, TEMPERATURE, Hint
+from ..train.teacher import ALPHA, TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Logits(Step):
     """Trains toward the outputs of the original (Hinton, Vinyals & Dean 2015, "Distilling the knowledge in a neural network")."""
 
     stage = None
-    needs = ("train",)
+    needs: ClassVar[tuple[str, ...]] = ("train",)
 
     epochs: float = option(1.0, "passes over the training data; 0.5 is half a pass")
     learning_rate: float | None = option(None, "highest learning rate; found from the graph when not given")
@@ -58,10 +58,11 @@ class Logits(Step):
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         return self._learn(graph, plan, task, workdir)
 
-    def _learn(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None, hint: Hint | None = None) -> dict[str, Any]:
+    def _learn(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None, **taught: Any) -> dict[str, Any]:
+        """`taught` by other than the outputs of the original: a hint, another teacher."""
         alpha, how = plan.changes["*"]["alpha"], self._training(graph)
         alone = graph.copy() if self.baseline else None
-        measured = recover(graph, task, how, workdir, self._companions(), self.temperature, alpha, hint)
+        measured = recover(graph, task, how, workdir, self._companions(), self.temperature, alpha, **taught)
         if alone is None:
             return measured
         recover(alone, task, how, workdir and workdir / "alone", self._companions(), alpha=0.0)

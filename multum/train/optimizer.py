@@ -47,6 +47,10 @@ class Training:
             if not 0 <= getattr(self, name) <= most:
                 raise TrainError(f"{name} is {getattr(self, name)!r}.", f"a number from 0 to {most}")
 
+    def remembered(self) -> float:
+        """Bytes for the teacher's answers; none for a single pass, in which no sample comes twice."""
+        return self.memory * 2**20 if self.epochs > 1 else 0.0
+
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of one of `steps` steps."""
         warm = round(self.warmup * steps)

@@ -51,7 +51,7 @@ class Teacher:
         self.device = torch.device("cpu")
 
     @torch.no_grad()
-    def __call__(self, inputs: Any) -> Any:
+    def __call__(self, inputs: Any, targets: Any = None) -> Any:
         device = next(tensors(inputs)).device
         if device != self.device:
             self.graph.to(device)
@@ -75,13 +75,15 @@ def recover(
     temperature: float = TEMPERATURE,
     alpha: float = ALPHA,
     hint: Hint | None = None,
+    teacher: Callable[[Any, Any], Any] | None = None,
 ) -> dict[str, Any]:
     """Trains `graph` in place toward the outputs of the original; the task's loss, where there is one, weighs 1 - `alpha`.
 
-    With a `hint` the graph is tapped at as many places, and the term over what it gives there is added.
+    With a `hint` the graph is tapped at as many places, and the term over what it gives there is added. Another `teacher` gives the
+    outputs for a batch of inputs and targets in the original's place.
     """
-    memory = how.memory * 2**20 if how.epochs > 1 else 0.0  # in a single pass no sample comes twice
-    teacher, own = Teacher(task.original, hint[1] if hint else (), memory), task.loss
+    asked: Any = teacher or Teacher(task.original, hint[1] if hint else (), how.remembered())
+    own = task.loss
     alpha = 1.0 if own is None else alpha
 
     augment = next((companion for companion in companions if isinstance(companion, Augment)), None)
@@ -91,11 +93,11 @@ def recover(
     def loss(inputs: Any, outputs: Any, targets: Any) -> Tensor:
         mix, terms = augment.mix if augment else None, dict[str, Tensor]()
         if alpha > 0 or hint:
-            given = mixed(teacher(inputs), mix)
+            given = mixed(asked(inputs, targets), mix)
         if alpha > 0:
             terms["teacher"] = alpha * imitation(outputs, given, targets, temperature)
         if hint:
-            terms["hidden"] = hint[0](graph.tapped, teacher.hidden)
+            terms["hidden"] = hint[0](graph.tapped, asked.hidden)
         if own and alpha < 1:
             terms["task"] = (1 - alpha) * own(outputs, targets)
             if mix:

@@ -1,15 +1,18 @@
 """Promise 3: a fresh process loads the file, for every method and every pair of methods, without source, data or pickle."""
 
 import itertools
+import os
 import subprocess
 import sys
+import tempfile
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
 import multum
-from multum.distill import Attention, Hidden, Logits, Relations
+from multum.distill import Assistant, Attention, DataFree, Hidden, Logits, Relations, Teachers, Unlabelled
 from multum.errors import StepError
 from multum.factorize import SVD
 from multum.pack import describe
@@ -20,6 +23,7 @@ from multum.step import methods
 from multum.task import call, logits
 from multum.testing.conformance import task as attentive
 
+OTHER = str(Path(tempfile.gettempdir()) / f"multum_teacher_{os.getpid()}.mip")
 SHORT = {
     "prune.Blocks": Blocks(samples=64),
     "prune.Channels": Channels(ratio=0.25),
@@ -31,12 +35,16 @@ SHORT = {
     "prune.Rewind": Rewind(),
     "prune.Shrink": Shrink(ratio=0.25, epochs=0.2),
     "prune.Weights": Weights(samples=16),
+    "distill.Assistant": Assistant(widths=(0.75,), epochs=0.2),
     "distill.Attention": Attention(epochs=0.2),
+    "distill.DataFree": DataFree(samples=16, batch=16, descent=2),
     "distill.Hidden": Hidden(epochs=0.2),
     "factorize.SVD": SVD(parameters=0.5),
     "distill.Logits": Logits(epochs=0.2),
     "quantize.Activations": Activations(),
     "distill.Relations": Relations(epochs=0.2),
+    "distill.Teachers": Teachers(files=OTHER, epochs=0.2),
+    "distill.Unlabelled": Unlabelled(epochs=0.2),
     "quantize.Aware": Aware(samples=16, epochs=0.2),
     "quantize.FixedPoint": FixedPoint(),
     "quantize.NonUniform": NonUniform(),
@@ -94,6 +102,7 @@ def test_so_do_those_that_need_attention(tmp_path):
 
 
 def load_elsewhere(task, recipes, tmp_path, least):
+    multum.save(task.original, OTHER)
     x = task.validation[0][0]
     expected, refused = {}, 0
     for steps in recipes:
