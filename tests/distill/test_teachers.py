@@ -81,6 +81,7 @@ def test_a_student_learns_from_files_beside_the_original(task: Task, tmp_path: P
     wrong = task.original.copy()
     wrong.set_tensor("head.weight", -wrong.tensor("head.weight"))
     save(wrong, tmp_path / "wrong.mip")
+    files = tuple(str(tmp_path / name) for name in ("same.mip", "wrong.mip"))
     step = Teachers(files=files, choice=choice, alpha=1.0, epochs=10, learning_rate=0.02)
     bits = task.original.fingerprint()
     result = compress(task, step, student=Net(12, seed=5))
