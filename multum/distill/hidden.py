@@ -16,7 +16,7 @@ from ..step import Plan, option
 from ..task import Task
 from ..train import losses
 from .logits import Logits
-from .places import Pair, pairs
+from .places import Pair, is_signal, pairs
 
 Compare = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,8 +43,12 @@ class Inside(Logits):
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         found, compare = self.pairs(graph, task.original), self.compare(graph)
+        wider = [is_signal(student) for student, _ in found]  # which the losses take for images of width one
 
         def hint(ours: list[Any], theirs: list[Any]) -> Tensor:
+            ours, theirs = (
+                [value[..., None] if wide else value for value, wide in zip(side, wider, strict=True)] for side in (ours, theirs)
+            )
             terms = [compare(one, other.detach()) for one, other in zip(ours, theirs, strict=True)]
             return self.weight / len(terms) * sum(terms[1:], terms[0])
 

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from ..errors import StepError, near
 from ..graph import Graph, layers
+from ..graph.layers import KINDS
 from ..graph.model import aten
 from ..graph.residual import blocks
 
@@ -80,4 +81,17 @@ def _places(node: fx.Node) -> tuple[int, ...] | None:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
         return None
-    return (value.shape[0], *value.shape[2:]) if value.ndim >= 4 else tuple(value.shape[:-1])
+    return (value.shape[0], *value.shape[2:]) if value.ndim >= 4 or is_signal(node) else tuple(value.shape[:-1])
+
+
+def is_signal(node: fx.Node) -> bool:
+    """Whether a value is [n, channels, time], as convolutions make it, and not [n, positions, channels]."""
+    value = node.meta.get("val")
+    while isinstance(value, Tensor) and value.ndim == 3 and node.all_input_nodes:
+        if node.target in (*KINDS["conv"], aten.batch_norm.default):
+            return True
+        if node.target in (*KINDS["linear"], *KINDS["embedding"], aten.layer_norm.default, aten.transpose.int, aten.permute.default):
+            return False
+        node = node.all_input_nodes[0]
+        value = node.meta.get("val")
+    return False

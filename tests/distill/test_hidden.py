@@ -177,3 +177,23 @@ def test_plans_are_data_and_say_what_pairs(task: Task) -> None:
 def test_what_cannot_be_is_refused(task: Task, step: Any) -> None:
     with pytest.raises(StepError, match="Expected"):
         compress(task, step)
+
+
+class Signal(nn.Sequential):
+    def __init__(self, width: int) -> None:
+        torch.manual_seed(0)
+        layers = [nn.Conv1d(3, width, 3, padding=1), nn.BatchNorm1d(width), nn.ReLU(), nn.Conv1d(width, width, 3, padding=1), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, 2))
+
+
+@pytest.mark.parametrize("loss", ["projected", "attention"])
+def test_channels_of_signals_are_channels(loss: str) -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 3, 20), torch.randint(0, 2, (8,))) for _ in range(4)]
+    task = Task(Signal(16), data[0][0], train=data)
+    student = capture(Signal(4), data[0][0])
+    assert [(list(a.meta["val"].shape[1:]), list(b.meta["val"].shape[1:])) for a, b in pairs(student, task.original)] == [
+        ([4, 20], [16, 20]),
+        ([4, 20], [16, 20]),
+    ]
+    compress(task, Hidden(loss=loss), student=student)
