@@ -29,7 +29,7 @@ class Evidence:
 
     def __init__(self, graph: Graph, task: Task, samples: int = 512):
         self.graph, self.task, self.samples = graph, task, samples
-        self._grams: dict[str, Tensor] = {}
+        self._grams: dict[str, tuple[Tensor, Tensor, int]] = {}
         self.device = next((tensor.device for _, tensor in graph.named_tensors()), torch.device("cpu"))
 
     @cached_property
@@ -98,6 +98,14 @@ class Evidence:
 
         Layers that come next are taken along as far as memory allows: ask in order of execution.
         """
+        return self._moments(layer)[0]
+
+    def second(self, layer: Layer) -> Tensor:
+        """The same about zero instead of the means."""
+        gram, mean, count = self._moments(layer)
+        return gram + count * mean[:, :, None] * mean[:, None]
+
+    def _moments(self, layer: Layer) -> tuple[Tensor, Tensor, int]:
         if layer.name not in self._grams:
             known = [other for other in layers(self.graph) if multiplies(other)]
             wanted, left = list[Layer](), GRAMS
@@ -111,7 +119,7 @@ class Evidence:
             self._grams = self._sum_grams(wanted)
         return self._grams[layer.name]
 
-    def _sum_grams(self, wanted: list[Layer]) -> dict[str, Tensor]:
+    def _sum_grams(self, wanted: list[Layer]) -> dict[str, tuple[Tensor, Tensor, int]]:
         sums: dict[str, list[Any]] = {layer.name: [0, 0, 0] for layer in wanted}
 
         def see(layer: Layer, value: Tensor) -> None:
@@ -122,7 +130,8 @@ class Evidence:
                 own[2] += x.shape[2]
 
         self._read(wanted, see)
-        return {name: gram - total[:, :, None] * total[:, None] / count for name, (gram, total, count) in sums.items()}
+        means = {name: total / count for name, (_, total, count) in sums.items()}
+        return {name: (gram - n * means[name][:, :, None] * means[name][:, None], means[name], n) for name, (gram, _, n) in sums.items()}
 
     def _read(self, wanted: list[Layer], see: Callable[[Layer, Tensor], None]) -> None:
         """Shows what these layers read, on calibration data."""

@@ -27,11 +27,12 @@ def replace(graph: Graph, layer: Layer, value: fx.Node, bias: fx.Node | None, li
 
     The new weights are trainable parameters named after the old one: of `conv.weight`, `conv.factor0.weight` and so on.
     """
+    dtype = graph.tensor(layer.weight).dtype
     base = layer.weight.removesuffix(".weight")
     base += "_" if base == layer.weight else ""
     for place, link in enumerate(links):
         name = f"{base}.factor{place}.weight"
-        graph.set_tensor(name, link.weight.contiguous(), parameter=True)
+        graph.set_tensor(name, link.weight.to(dtype).contiguous(), parameter=True)
         weight = graph.attribute(name, layer.node)
         own = bias if place == len(links) - 1 else None
         args = (weight, value, *link.rest) if link.operator is aten.embedding.default else (value, weight, own, *link.rest)

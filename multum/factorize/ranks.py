@@ -1,8 +1,8 @@
-"""The rank of every layer: by the energy that is kept, or as a budget over all layers at once allows."""
+"""The ranks of every layer: by the energy that is kept, or as a budget over all layers at once allows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,40 +15,68 @@ _HALVINGS = 60
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What a layer loses and costs at each rank.
+    """What a layer loses and costs at each choice of its ranks.
 
-    `energy` holds the squares of its singular values, largest first [rank]; `whole` is its cost as it is, `each` that of a rank.
+    `lost` [choices] is the share of the energy of its outputs that is lost, `costs` [choices] what the factors cost, `ranks`
+    [choices, parts] are the choices; `whole` is the cost of the layer as it is.
     """
 
-    energy: Tensor
+    lost: Tensor
+    costs: Tensor
+    ranks: Tensor
     whole: float
-    each: float
 
     @property
-    def most(self) -> int:
-        """The largest rank that costs less than the layer; 0 when none does."""
-        return min(len(self.energy), -int(-self.whole // self.each) - 1)
+    def pays(self) -> Tensor:
+        """Which choices cost less than the layer [choices]."""
+        return self.costs < self.whole
 
-    def lost(self) -> Tensor:
-        """The share of the energy that is lost at each rank from 1 on [rank]."""
-        total = self.energy.sum().clamp(min=torch.finfo(self.energy.dtype).tiny)
-        return (1 - self.energy.cumsum(0) / total).clamp(min=0)
+    @property
+    def least(self) -> float:
+        """What the cheapest choice costs, or the layer, when that is cheaper."""
+        return min(self.whole, float(self.costs.min()))
+
+    def rank(self, choice: int) -> list[int]:
+        return [int(rank) for rank in self.ranks[choice]]
+
+
+def lost(energy: Tensor) -> Tensor:
+    """The share of the energy that is lost at each rank from 1 on [rank], of squared singular values, largest first [rank]."""
+    total = energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)
+    return (1 - energy.cumsum(0) / total).clamp(min=0)
+
+
+def one(energy: Tensor, whole: float, each: float) -> Curve:
+    """The curve of a layer with one rank, of squared singular values [rank], when a rank costs `each`."""
+    ranks = torch.arange(1, len(energy) + 1)
+    return Curve(lost(energy).cpu(), each * ranks.double(), ranks[:, None], whole)
+
+
+def two(energies: Sequence[Tensor], whole: float, costs: Sequence[float]) -> Curve:
+    """The curve of a layer with two ranks a and b that costs x a + y a b + z b with `costs` x, y, z.
+
+    What both lose together is at most the sum of what each loses alone (De Lathauwer, De Moor & Vandewalle 2000, property 10).
+    """
+    first, second = (lost(energy).cpu() for energy in energies)
+    a, b = torch.meshgrid(*(torch.arange(1, len(part) + 1) for part in (first, second)), indexing="ij")
+    cost = costs[0] * a + costs[1] * a * b + costs[2] * b.double()
+    return Curve((first[:, None] + second).clamp(max=1).flatten(), cost.flatten(), torch.stack([a.flatten(), b.flatten()], 1), whole)
 
 
 def by_energy(curve: Curve, share: float) -> int:
-    """The least rank that keeps this share of the energy."""
-    enough = curve.lost() <= 1 - share + 1e-12
-    return int(enough.nonzero()[0]) + 1 if bool(enough.any()) else len(curve.energy)
+    """The cheapest choice that keeps this share of the energy; when none does, the one that keeps most."""
+    enough = curve.lost <= 1 - share + 1e-12
+    return int(curve.costs.masked_fill(~enough, torch.inf).argmin()) if bool(enough.any()) else int(curve.lost.argmin())
 
 
 def by_budget(curves: Mapping[str, Curve], share: float) -> dict[str, int]:
-    """The ranks that lose least, each layer's share of energy summed, when all layers cost at most `share` of what they do.
+    """The choices that lose least, each layer's share of energy summed, when all layers cost at most `share` of what they do.
 
     A layer that stays whole is left out. One price for cost is sought at which every layer chooses for itself (Everett
     1963); the result is the best of those at such prices. Raises StepError when even rank one everywhere costs too much.
     """
     whole = sum(curve.whole for curve in curves.values())
-    least = sum(min(curve.whole, curve.each) for curve in curves.values())
+    least = sum(curve.least for curve in curves.values())
     if least > share * whole:
         raise StepError(
             f"A share of {share} is out of reach: at rank one everywhere {least / whole:.3f} is left.",
@@ -65,17 +93,15 @@ def by_budget(curves: Mapping[str, Curve], share: float) -> dict[str, int]:
 
 
 def _choose(curves: Mapping[str, Curve], price: float) -> dict[str, int]:
-    """The rank of each layer with the least loss plus price times cost, where that beats the whole layer."""
+    """The choice of each layer with the least loss plus price times cost, where that beats the whole layer."""
     chosen = {}
     for name, curve in curves.items():
-        if curve.most < 1:
-            continue
-        total = curve.lost()[: curve.most].cpu() + price * curve.each * torch.arange(1, curve.most + 1)
+        total = (curve.lost + price * curve.costs).masked_fill(~curve.pays, torch.inf)
         best = int(total.argmin())
         if float(total[best]) < price * curve.whole:
-            chosen[name] = best + 1
+            chosen[name] = best
     return chosen
 
 
-def _cost(curves: Mapping[str, Curve], ranks: Mapping[str, int]) -> float:
-    return sum(curve.each * ranks[name] if name in ranks else curve.whole for name, curve in curves.items())
+def _cost(curves: Mapping[str, Curve], choices: Mapping[str, int]) -> float:
+    return sum(float(curve.costs[choices[name]]) if name in choices else curve.whole for name, curve in curves.items())

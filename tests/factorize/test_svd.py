@@ -9,7 +9,7 @@ from torch import nn
 from multum import Task, capture
 from multum.errors import StepError
 from multum.factorize import SVD
-from multum.factorize.ranks import Curve, by_budget, by_energy
+from multum.factorize.ranks import by_budget, by_energy, one, two
 from multum.graph import layers
 from multum.quantize import WeightOnly
 from multum.step import compress
@@ -74,7 +74,7 @@ def test_what_does_not_pay_stays_with_the_reason():
     assert not plan.changes
     reasons = [plan.skipped[name] for name in ("0", "1", "3", "4")]
     assert reasons[:2] == ["it has groups", "it is a transposed convolution"]
-    assert reasons[2] == "the rank that keeps so much energy is 8, and two layers cost less only up to 7"
+    assert reasons[2] == "at the rank that keeps so much energy, 8, the factors cost no less"
     assert reasons[3] == "it shares its weight"
 
 
@@ -91,9 +91,8 @@ def test_a_budget_is_kept_and_what_follows_still_works(kind, share):
     whole = sum(weights[name] * places[name] for name in weights)
     assert 0.85 * share * whole < sum(left.values()) <= share * whole
     for name, change in result.records[0].changes.items():
-        if change["macs"][0]:
-            assert change["macs"][0] == weights[name] * {"0": 36, "2": 16, "4": 1}[name]
-            assert change["macs"][1] < change["macs"][0]
+        assert change[kind][0] == weights[name] * places[name]
+        assert change[kind][1] < change[kind][0]
 
 
 @settings(max_examples=40, deadline=None)
@@ -103,30 +102,35 @@ def test_no_single_step_to_another_rank_is_better_within_the_budget(sizes, share
     curves = {}
     for place, (rows, columns) in enumerate(sizes):
         energy = torch.rand(min(rows, columns), generator=generator, dtype=torch.double).sort(descending=True).values
-        curves[str(place)] = Curve(energy, rows * columns, rows + columns)
+        if place % 2:
+            curves[str(place)] = two([energy, energy.square()], rows * columns * 9, (columns, 9, rows))
+        else:
+            curves[str(place)] = one(energy, rows * columns, rows + columns)
     whole = sum(curve.whole for curve in curves.values())
-    if sum(min(curve.whole, curve.each) for curve in curves.values()) > share * whole:
+    if sum(curve.least for curve in curves.values()) > share * whole:
         with pytest.raises(StepError, match="out of reach"):
             by_budget(curves, share)
         return
     ranks = by_budget(curves, share)
 
     def cost(chosen):
-        return sum(curve.each * chosen[name] if name in chosen else curve.whole for name, curve in curves.items())
+        return sum(float(curve.costs[chosen[name]]) if name in chosen else curve.whole for name, curve in curves.items())
 
     def loss(chosen):
-        return sum(float(curves[name].lost()[rank - 1]) for name, rank in chosen.items())
+        return sum(float(curves[name].lost[choice]) for name, choice in chosen.items())
 
     assert cost(ranks) <= share * whole
     for name, curve in curves.items():  # at this cost or less, nothing loses less
-        for rank in range(1, curve.most + 1):
-            other = ranks | {name: rank}
+        for choice in range(len(curve.ranks)):
+            other = ranks | {name: choice}
             assert loss(other) >= loss(ranks) - 1e-9 or cost(other) > cost(ranks)
 
 
 def test_energy_is_kept():
-    curve = Curve(torch.tensor([8.0, 1.0, 1.0]), 100, 1)
-    assert [by_energy(curve, share) for share in (0.5, 0.8, 0.85, 0.95)] == [1, 1, 2, 3]
+    curve = one(torch.tensor([8.0, 1.0, 1.0]), 100, 1)
+    assert [curve.rank(by_energy(curve, share)) for share in (0.5, 0.8, 0.85, 0.95)] == [[1], [1], [2], [3]]
+    pair = two([torch.tensor([8.0, 2.0]), torch.tensor([6.0, 4.0])], 100, (1, 10, 1))
+    assert [pair.rank(by_energy(pair, share)) for share in (0.3, 0.5, 0.7, 0.9)] == [[1, 1], [1, 2], [1, 2], [2, 2]]
 
 
 @pytest.mark.parametrize("options", [{"energy": 0}, {"energy": 1.0}, {"macs": 1.5}, {"macs": 0.5, "parameters": 0.5}])

@@ -14,7 +14,7 @@ import torch
 import multum
 from multum.distill import Assistant, Attention, DataFree, Hidden, Logits, Relations, Teachers, Unlabelled
 from multum.errors import StepError
-from multum.factorize import SVD
+from multum.factorize import SVD, Spatial, Tucker
 from multum.pack import describe
 from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
 from multum.quantize import Activations, Aware, FixedPoint, Half, Mixed, NonUniform, RateDistortion, Static, WeightOnly
@@ -40,6 +40,8 @@ SHORT = {
     "distill.DataFree": DataFree(samples=16, batch=16, descent=2),
     "distill.Hidden": Hidden(epochs=0.2),
     "factorize.SVD": SVD(parameters=0.5),
+    "factorize.Spatial": Spatial(parameters=0.6, samples=16),
+    "factorize.Tucker": Tucker(parameters=0.6, samples=16),
     "distill.Logits": Logits(epochs=0.2),
     "quantize.Activations": Activations(),
     "distill.Relations": Relations(epochs=0.2),
