@@ -88,7 +88,7 @@ def decode_all(data: bytes | memoryview, dtype: str, shapes: Sequence[Sequence[i
     """The arrays that were coded together. Raises ``FileError`` when ``data`` cannot be arrays of this dtype and these shapes."""
     try:
         return _decode(memoryview(data), dtype, shapes)
-    except (ValueError, IndexError, OverflowError, AssertionError, TypeError, KeyError, zstandard.ZstdError) as error:
+    except (ValueError, IndexError, OverflowError, AssertionError, TypeError, KeyError) as error:
         raise FileError(f"Coded tensors that cannot be {dtype} {[list(s) for s in shapes][:3]}: {error}.", "what multum wrote") from error
 
 
@@ -203,13 +203,17 @@ def compress(plain: bytes, level: int = 19, *, words: bool = False) -> bytes:
 
 
 def decompress(data: bytes | memoryview, size: int, *, words: bool = False) -> bytes:
-    """The ``size`` bytes that were compressed. Raises ``ValueError`` when they are more or fewer."""
-    # A frame that states its size would be believed beyond max_output_size: here none does.
-    parameters = zstandard.get_frame_parameters(data, format=_FORMAT)
-    if parameters.content_size not in (zstandard.CONTENTSIZE_UNKNOWN, size):
-        raise ValueError("a frame of another size")
-    known = _words(parameters.dict_id) if words and parameters.dict_id else None
-    plain = zstandard.ZstdDecompressor(known, format=_FORMAT).decompress(data, max_output_size=size, allow_extra_data=False)
+    """The ``size`` bytes that were compressed. Raises ``ValueError`` when they are more or fewer, or damaged."""
+    try:
+        # A frame that states its size would be believed beyond max_output_size: here none does.
+        parameters = zstandard.get_frame_parameters(data, format=_FORMAT)
+        if parameters.content_size not in (zstandard.CONTENTSIZE_UNKNOWN, size):
+            raise ValueError("a frame of another size")
+        known = _words(parameters.dict_id) if words and parameters.dict_id else None
+        decompressor = zstandard.ZstdDecompressor(known, format=_FORMAT)
+        plain = decompressor.decompress(data, max_output_size=max(size, 1), allow_extra_data=False)  # 0 would mean: any size
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
     if len(plain) != size:
         raise ValueError(f"{len(plain)} bytes for {size}")
     return bytes(plain)

@@ -49,8 +49,8 @@ _TRAINED = 0.93  # of the limit is what a sketch may take: trained weights take 
 class Rung:
     """A recipe of the ladder.
 
-    `sketch` has the same structure and number formats without training, and very nearly the size, in seconds. `twin` is the same with
-    activations in floating point, where the recipe makes them integers.
+    `sketch` has the same structure and number formats, and very nearly the size, in seconds: without training and without a look at data.
+    `twin` is the same with activations in floating point, where the recipe makes them integers; `draft` is the best without training.
     """
 
     name: str
@@ -58,10 +58,16 @@ class Rung:
     sketch: Recipe
     twin: Rung | None = None
     row: tuple[float, float, bool] | None = None  # of ROWS
+    draft: Rung | None = None
 
     @property
     def trains(self) -> bool:
         return any(step.stage is None for step in self.recipe.flat())
+
+    @property
+    def coded(self) -> bool:
+        """Whether its bits are those of an entropy code, so that there may be a little more or less of them."""
+        return any(isinstance(step, RateDistortion) for step in self.recipe.flat())
 
     def longer(self, factor: float) -> Rung:
         """The same with `factor` times the training."""
@@ -79,41 +85,54 @@ def ladder(task: Task) -> list[Rung]:
 
 def rung(task: Task, share: float, bits: float, integer: bool) -> Rung:
     """The rung of a row, with what the task has."""
-    if task.train is None:
+    trains, sees = task.train is not None, task.has("calibration")
+    if not (trains or sees):
         bits = max(2, math.ceil(bits))
-    twin = _rung(task, share, bits, False)
-    return replace(_rung(task, share, bits, True), twin=twin) if integer and task.has("calibration") else twin
+    made = _rung(share, bits, integer and sees, trains, sees)
+    return replace(made, twin=_rung(share, bits, False, trains, sees)) if integer and sees else made
+
+
+def coded(task: Task, row: tuple[float, float, bool], bits: float) -> Rung:
+    """The rung of a row, with another number of coded bits."""
+    return rung(task, row[0], round(min(bits, FINE), 3), row[2])
 
 
 def between(task: Task, sizes: Mapping[Rung, int], limit: int) -> Rung | None:
     """The rung whose file has just the size of the limit, by the `sizes` of the coded rungs at full width: a straight line in bits."""
-    coded = sorted((size, made.row[1]) for made, size in sizes.items() if made.row and made.row[0] == 0 and made.row[1] <= FINE)
-    for (size, bits), (larger, more) in itertools.pairwise(coded):
-        if task.train is not None and size <= _TRAINED * limit < larger:
-            return rung(task, 0.0, round(bits + (more - bits) * (_TRAINED * limit - size) / (larger - size), 3), True)
+    known = sorted((size, made.row[1]) for made, size in sizes.items() if made.row and made.row[0] == 0 and made.coded)
+    wanted = _TRAINED * limit
+    for (size, bits), (larger, more) in itertools.pairwise(known):
+        if size <= wanted < larger:
+            return coded(task, (0.0, bits, True), bits + (more - bits) * (wanted - size) / (larger - size))
     return None
 
 
-def _rung(task: Task, share: float, bits: float, integer: bool) -> Rung:
+def _rung(share: float, bits: float, integer: bool, trains: bool, sees: bool) -> Rung:
     parts = [f"{share:.0%} of the channels removed"] if share else []
-    parts += [f"{bits:g}-bit weights", "int8 activations" if integer else "float activations"]
-    recovers = task.train is not None
-    recipe, sketch = (Recipe(list(_steps(share, bits, integer, trains, bits <= FINE and recovers))) for trains in (recovers, False))
-    return Rung(", ".join(parts), recipe, sketch, row=(share, bits, integer))
+    name = ", ".join([*parts, f"{bits:g}-bit weights", "int8 activations" if integer else "float activations"])
+    codes = bits <= FINE and (trains or sees)
+    recipe, sketch = (Recipe(list(_steps(share, bits, integer, codes, *has))) for has in ((trains, sees), (False, False)))
+    made = Rung(name, recipe, sketch, row=(share, bits, integer))
+    if not (trains and sees):
+        return made
+    draft, twin = (_rung(share, bits, form, False, True) for form in (integer, False))
+    draft, twin = (replace(one, name=f"{one.name}, not trained") for one in (draft, twin))
+    return replace(made, draft=replace(draft, twin=twin if integer else None))
 
 
-def _steps(share: float, bits: float, integer: bool, trains: bool, codes: bool) -> Iterator[Step]:
+def _steps(share: float, bits: float, integer: bool, codes: bool, trains: bool, sees: bool) -> Iterator[Step]:
     """Weights are rounded first and recovered while activations are still exact, which trains faster; activations come last."""
     if share:
-        yield Channels(ratio=share, criterion="magnitude", recover=False)  # every rung is built: what takes seconds has to do
+        yield Channels(ratio=share, allocation="uniform") if sees else Channels(ratio=share, criterion="magnitude", recover=False)
         if trains:
             yield Logits(epochs=1.0 if share > 0.3 else 0.5)
-    if codes:
-        yield RateDistortion(bits=max(bits, _START) if trains else bits, rounding="nearest")  # training chooses better than any rounding
-        if trains:
-            yield Logits(bits=bits, epochs=_EPOCHS_CODED)
+    if codes and trains:  # which chooses better than any rounding
+        yield RateDistortion(bits=max(bits, _START), rounding="nearest")
+        yield Logits(bits=bits, epochs=_EPOCHS_CODED)
+    elif codes:
+        yield RateDistortion(bits=bits, rounding="coded" if sees else "nearest")
     elif bits < 8:
-        yield WeightOnly(bits=int(bits))
+        yield WeightOnly(bits=int(bits), rounding="auto" if sees else "nearest")
         if trains:
             yield Logits(epochs=EPOCHS.get(int(bits), 1.0))
     if integer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,12 @@ from typing import Any
 from ..errors import FileError, MissingExtra, MultumError, TaskError
 from .evaluate import Candidate, Workshop
 from .judge import Judge
-from .ladder import Rung, between, ladder
+from .ladder import Rung, between, coded, ladder
 
 _SLOWER = 1.05  # integer activations are kept where they are faster than floating-point ones by more than this
 _LONGER = 3.0  # times the training, when a recipe loses too much
+_FITS, _FULL = 4, 0.97  # files made to fill the size that is allowed to this part
+_HALVINGS = 2  # of the bits between what loses little enough and what does not
 
 
 @dataclass(eq=False)
@@ -75,11 +78,30 @@ class Walk:
             took = time.monotonic() - begin
         if self.last and not self.tried:
             raise self.last
+        return None if limit is not None or self.judge.target.speed is not None else self._refine(took)
+
+    def _refine(self, took: float) -> str | None:
+        """Fewer bits than the smallest that meets the drop has, and more than the next, which does not."""
+        for _ in range(_HALVINGS):
+            best = next(step for step in self.tried if step.candidate is self.best).rung
+            rows = [step.rung.row for step in self.tried if step.rung.row and best.row and step.rung.row[0] == best.row[0]]
+            fewer = [row[1] for row in rows if best.row and row[1] < best.row[1]]
+            if not (best.coded and best.row and fewer) or self.judge.missed(self.best):
+                return None
+            if self._late(took):
+                return "minutes"
+            middle = coded(self.workshop.task, best.row, math.sqrt(best.row[1] * max(fewer)))
+            with self._recording(middle):
+                self._climb(self._sketch(middle))
         return None
 
     def _sketch(self, rung: Rung) -> Try:
         name = f"{rung.name}, not trained" if rung.trains else rung.name
         return Try(rung, self.workshop.build(name, rung.sketch))
+
+    def _plain(self, rung: Rung) -> Try:
+        """The rung without training, if it has any."""
+        return self._sketch(rung) if rung.trains else Try(rung, self.workshop.build(rung.name, rung.recipe))
 
     def _steps(self, fitting: list[Try], first: int) -> Iterator[tuple[Try, float]]:
         """What to try, in turn: the first rungs, more training for the best of them, then the other rungs; and how much longer it takes."""
@@ -93,16 +115,34 @@ class Walk:
 
     def _climb(self, step: Try) -> None:
         """Measures the rung without its training, then, unless that is enough, with it."""
-        target, judge = self.judge.target, self.judge
+        target, judge, rung = self.judge.target, self.judge, step.rung
+        step = self._untrained(step)
         if all(step.candidate.folder != other.candidate.folder for other in self.tried):
             step = self._faster(step)
-        if not step.rung.trains or judge.safe(step.candidate) or "speed" in judge.missed(step.candidate):
+        if not rung.trains or judge.safe(step.candidate) or "speed" in judge.missed(step.candidate):
             return
+        if rung.twin and not step.rung.twin:
+            rung = rung.twin
         drop = judge.drop(self.original.scores, step.candidate.scores)
         if drop and target.max_drop is not None and drop.points > target.max_drop:
             self.tell(f"Without recovery the drop is {drop.points:.2f}, over the {target.max_drop:g} allowed. Recovery starts.")
-        made = self.workshop.build(step.rung.name, step.rung.recipe)
-        self.tried.append(Try(step.rung, self._measured(made)))
+        made = self.workshop.build(rung.name, rung.recipe)
+        self.tried.append(Try(rung, self._measured(made)))
+
+    def _untrained(self, step: Try) -> Try:
+        """The rung as good as it gets without training; where its weights are coded, with as many bits as the size allows."""
+        task, limit, rung = self.workshop.task, self.judge.target.limit(self.original.bytes), step.rung.draft or step.rung
+        found = [self._plain(rung)]
+        if not limit or not rung.row or not rung.coded or rung.trains:
+            return found[0]
+        while len(found) < _FITS and not _FULL * limit <= found[-1].candidate.bytes <= limit:
+            rung = coded(task, rung.row, rung.row[1] * math.sqrt(_FULL) * limit / found[-1].candidate.bytes)
+            rung = rung.draft or rung
+            if rung.recipe == found[-1].rung.recipe:  # no more bits than these
+                break
+            found.append(self._plain(rung))
+        fitting = [made for made in found if made.candidate.bytes <= limit]
+        return max(fitting or found[-1:], key=lambda made: made.candidate.bytes)
 
     def _faster(self, step: Try) -> Try:
         """The rung, measured; or its twin with floating-point activations when integers do not measure faster."""
@@ -110,7 +150,7 @@ class Walk:
         self.tried.append(step)
         if step.rung.twin is None:
             return step
-        twin = self._sketch(step.rung.twin)
+        twin = self._plain(step.rung.twin)
         twin.candidate = self._measured(twin.candidate)
         self.tried.append(twin)
         mine, other = step.candidate.speed or 0.0, twin.candidate.speed or 0.0

@@ -286,6 +286,14 @@ def test_a_header_of_a_forged_length_is_not_unpacked(path):
             mip.read(path)
 
 
+@pytest.mark.parametrize("packed", [coder.compress(b"{}" * 50, words=True)[:-3], coder.compress(b"", words=True), b"no frame"])
+def test_a_header_that_does_not_unpack_is_refused(path, packed):
+    head, lengths = path.read_bytes()[:10], struct.pack("<II", len(packed), 0)
+    path.write_bytes(head + packed + lengths + struct.pack("<I", zlib.crc32(head + packed + lengths)))
+    with pytest.raises(FileError, match="makes no sense"):
+        mip.read(path)
+
+
 def test_a_bomb_is_refused_before_memory_is_taken(path):
     payload = bytes([coder.PLANES]) + coder.compress(bytes(1 << 24))
     bomb = {"streams": [[len(payload), zlib.crc32(payload), "uint8"]], "names": ["0x"], "shapes": [[1 << 33]], "places": [0]}

@@ -233,6 +233,14 @@ def test_the_ladder_has_what_a_task_can_do() -> None:
     assert coded
     assert all(rung.trains for rung in coded)
     assert not any("RateDistortion" in str(rung.recipe) for rung in weights_only)
+    looks = ladder(toy(train=None))  # at data, which choose integers and repair what was cut
+    assert any("rounding='coded'" in str(rung.recipe) and "rounding='nearest'" in str(rung.sketch) for rung in looks)
+    assert not any(rung.draft for rung in looks)
+    for made in everything:
+        assert made.draft is not None
+        assert not made.draft.trains
+        assert (made.draft.twin is None) == (made.twin is None)
+        assert ("coded" in str(made.draft.recipe)) == made.coded
 
 
 def test_between_two_rungs_is_one_that_just_fits() -> None:
@@ -245,7 +253,42 @@ def test_between_two_rungs_is_one_that_just_fits() -> None:
     assert f"Logits(bits={found.row[1]}" in str(found.recipe).replace("epochs=2.0, bits", "bits")
     assert between(toy(), sizes, 10) is None, "smaller than the smallest"
     assert between(toy(), sizes, 10**6) is None, "larger than the largest"
-    assert between(toy(train=None), sizes, 10_000) is None
+    assert not between(toy(train=None), sizes, 10_000).trains
+    assert between(toy(train=None, calibration=None), {}, 10_000) is None
+
+
+def coded_bits(recipe: Recipe) -> float:
+    return next(step.bits for step in recipe.flat() if step.name() == "quantize.RateDistortion")
+
+
+def with_coded_rungs(monkeypatch: pytest.MonkeyPatch, task: Task) -> None:
+    rungs = [made for made in ladder(task) if made.coded and made.row and made.row[0] == 0]
+    monkeypatch.setattr(sys.modules[Walk.__module__], "ladder", lambda task: rungs)
+
+
+def test_what_data_choose_fills_the_size_without_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(recipe: Recipe) -> int:  # files take a tenth more than sketches
+        bits = coded_bits(recipe)
+        return int(2000 + (3300 if "coded" in str(recipe) else 3000) * bits)
+
+    shop = Shop(toy(), size, lambda candidate: (0.0 if "coded" in str(candidate.recipe) else 5.0, 2.0))
+    with_coded_rungs(monkeypatch, shop.task)
+    found = walk(shop, size=0.06, max_drop=0.5)
+    found.run()
+    assert 0.97 * 6000 <= found.best.bytes <= 6000
+    assert not any(trained(step.candidate) for step in found.tried)
+
+
+def test_without_a_size_the_bits_are_halved_in_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = Shop(
+        toy(train=None), lambda recipe: int(3000 * coded_bits(recipe)), lambda candidate: (0.0 if candidate.bytes > 2500 else 5.0, 2.0)
+    )
+    with_coded_rungs(monkeypatch, shop.task)
+    found = walk(shop, max_drop=0.5)
+    found.run()
+    tried = sorted(coded_bits(step.candidate.recipe) for step in found.tried if step.kept)
+    assert coded_bits(found.best.recipe) == min(bits for bits in tried if 3000 * bits > 2500)
+    assert any(0.7 < bits < 1.0 for bits in tried)
 
 
 def test_longer_training_is_all_that_changes() -> None:

