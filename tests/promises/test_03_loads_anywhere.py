@@ -18,7 +18,7 @@ from multum.factorize import SVD, Spatial, Tucker
 from multum.pack import describe
 from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
 from multum.quantize import Activations, Aware, FixedPoint, Half, Mixed, NonUniform, RateDistortion, Static, WeightOnly
-from multum.share import Clusters
+from multum.share import Clusters, Ties
 from multum.step import methods
 from multum.task import call, logits
 from multum.testing.conformance import task as attentive
@@ -56,6 +56,7 @@ SHORT = {
     "quantize.RateDistortion": RateDistortion(),
     "quantize.Half": Half(),
     "share.Clusters": Clusters(samples=16),
+    "share.Ties": Ties(),
 }
 
 LOADER = textwrap.dedent("""
