@@ -46,10 +46,8 @@ class Inside(Logits):
         wider = [is_signal(student) for student, _ in found]  # which the losses take for images of width one
 
         def hint(ours: list[Any], theirs: list[Any]) -> Tensor:
-            ours, theirs = (
-                [value[..., None] if wide else value for value, wide in zip(side, wider, strict=True)] for side in (ours, theirs)
-            )
-            terms = [compare(one, other.detach()) for one, other in zip(ours, theirs, strict=True)]
+            rows = zip(ours, theirs, wider, strict=True)
+            terms = [compare(a[..., None], b.detach()[..., None]) if wide else compare(a, b.detach()) for a, b, wide in rows]
             return self.weight / len(terms) * sum(terms[1:], terms[0])
 
         graph.tap([student for student, _ in found])
