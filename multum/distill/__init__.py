@@ -3,6 +3,7 @@
 from ..train import Teacher, default_rate, losses, recover
 from .assistant import Assistant
 from .datafree import DataFree
+from .elastic import Elastic, slices
 from .hidden import Attention, Hidden, Relations
 from .logits import Logits
 from .student import student
@@ -13,6 +14,7 @@ __all__ = [
     "Assistant",
     "Attention",
     "DataFree",
+    "Elastic",
     "Hidden",
     "Logits",
     "Relations",
@@ -22,5 +24,6 @@ __all__ = [
     "default_rate",
     "losses",
     "recover",
+    "slices",
     "student",
 ]

@@ -18,7 +18,7 @@ from .augment import Augment, mixed
 from .board import note
 from .companion import Companion
 from .layout import arrange, lay_out
-from .loop import fit
+from .loop import Loss, fit
 from .losses import imitation
 from .memory import Memory, picked
 from .optimizer import Training
@@ -76,11 +76,12 @@ def recover(
     alpha: float = ALPHA,
     hint: Hint | None = None,
     teacher: Callable[[Any, Any], Any] | None = None,
+    also: Loss | None = None,
 ) -> dict[str, Any]:
     """Trains `graph` in place toward the outputs of the original; the task's loss, where there is one, weighs 1 - `alpha`.
 
     With a `hint` the graph is tapped at as many places, and the term over what it gives there is added. Another `teacher` gives the
-    outputs for a batch of inputs and targets in the original's place.
+    outputs for a batch of inputs and targets in the original's place. What `also` gives is added.
     """
     asked: Any = teacher or Teacher(task.original, hint[1] if hint else (), how.remembered())
     own = task.loss
@@ -102,6 +103,8 @@ def recover(
             terms["task"] = (1 - alpha) * own(outputs, targets)
             if mix:
                 terms["task"] = mix[1] * terms["task"] + (1 - mix[1]) * (1 - alpha) * own(outputs, picked(targets, mix[0]))
+        if also:
+            terms["also"] = also(inputs, outputs, targets)
         for term, value in terms.items():
             note(term, value)
         return sum(terms.values(), start=torch.zeros((), device=next(tensors(outputs)).device))

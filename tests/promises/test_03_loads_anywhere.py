@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import multum
-from multum.distill import Assistant, Attention, DataFree, Hidden, Logits, Relations, Teachers, Unlabelled
+from multum.distill import Assistant, Attention, DataFree, Elastic, Hidden, Logits, Relations, Teachers, Unlabelled
 from multum.errors import StepError
 from multum.factorize import SVD, Spatial, Tucker
 from multum.pack import describe
@@ -38,6 +38,7 @@ SHORT = {
     "distill.Assistant": Assistant(widths=(0.75,), epochs=0.2),
     "distill.Attention": Attention(epochs=0.2),
     "distill.DataFree": DataFree(samples=16, batch=16, descent=2),
+    "distill.Elastic": Elastic(widths=(0.5,), epochs=0.2),
     "distill.Hidden": Hidden(epochs=0.2),
     "factorize.SVD": SVD(parameters=0.5),
     "factorize.Spatial": Spatial(parameters=0.6, samples=16),
