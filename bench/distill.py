@@ -281,9 +281,12 @@ def overhead() -> None:
         print(f"  distilled {ratio:.2f}x of teacher and student step; remembered {alone:.2f}x of the student step", flush=True)
 
 
+OTHERS = {"table": table, "speed": speed, "overhead": overhead, "datafree": datafree, "elastic": elastic}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=[*PAIRS, "table", "speed", "overhead", "datafree", "elastic"])
+    parser.add_argument("what", nargs="+", choices=[*PAIRS, *OTHERS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
