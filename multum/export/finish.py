@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
+
+from .integers import four_bits
+
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Identity", "MaxPool"}  # integers pass through them
 
 
@@ -72,12 +76,24 @@ def _plain(graph: Any, node: Any, scale: Any, zero: Any) -> list[Any]:
     from onnx import helper, numpy_helper
 
     name, kind = node.output[0], helper.np_dtype_to_tensor_dtype(scale.dtype)
+    _narrow(graph, node.input[0])
     made = [helper.make_node("Cast", [node.input[0]], [f"{name}_levels"], to=kind)]
     graph.initializer.append(numpy_helper.from_array(scale, f"{name}_scale"))
     if zero.any():
         graph.initializer.append(numpy_helper.from_array(zero.astype(scale.dtype), f"{name}_zero"))
         made.append(helper.make_node("Sub", [made[-1].output[0], f"{name}_zero"], [f"{name}_shifted"]))
     return [*made, helper.make_node("Mul", [made[-1].output[0], f"{name}_scale"], [name])]
+
+
+def _narrow(graph: Any, name: str) -> None:
+    """Stores integers of at most 4 bits two to a byte, as ONNX's INT4."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    tensor = next(one for one in graph.initializer if one.name == name)
+    values = numpy_helper.to_array(tensor)
+    if tensor.data_type == TensorProto.INT8 and four_bits(values):
+        flat = np.pad(values.ravel(), (0, values.size % 2)).astype(np.uint8) & 15
+        tensor.CopyFrom(helper.make_tensor(name, TensorProto.INT4, values.shape, (flat[::2] | flat[1::2] << 4).tobytes(), raw=True))
 
 
 def _comes_from(made_by: dict[str, Any], name: str) -> bool:

@@ -76,17 +76,32 @@ def _weight(graph: Graph, node: fx.Node) -> fx.Node:
     return whole
 
 
+def four_bits(integers: Any) -> bool:
+    """Whether these integers, a tensor or an array, are within -8 ... 7."""
+    return 0 not in integers.shape and bool(integers.min() >= -8 and integers.max() <= 7)
+
+
 def _rows(graph: Graph, lookup: fx.Node, integers: fx.Node, scale: Tensor, zero: Tensor, name: str) -> None:
-    """Looks rows up among the integers and scales those alone, so that the table is never expanded."""
+    """Looks rows up among the integers and scales those alone, so that the table is never expanded; of 4 bits two are in a byte."""
 
     def along(tensor: Tensor, part: str) -> fx.Node:  # [rows, 1] is looked up like the table, [1, columns] and [1, 1] are as they are
         read = _buffer(graph, f"{name}_{part}", tensor.expand(-1, 1) if tensor.shape[0] > 1 else tensor.reshape(-1), lookup)
         return graph.fx.call_function(aten.embedding.default, (read, lookup.args[1])) if tensor.shape[0] > 1 else read
 
     scale, zero = (tensor.reshape(1, 1) if not tensor.ndim else tensor for tensor in (scale, zero))
+    levels = graph.tensor(str(integers.target))
+    half, paired = levels.shape[1] // 2, four_bits(levels) and levels.shape[1] % 2 == 0
+    if paired:
+        left, right = ((part + 8).to(torch.uint8) for part in (levels[:, :half], levels[:, half:]))
+        integers = _buffer(graph, f"{name}_pairs", left + 16 * right, lookup)
     with graph.fx.inserting_before(lookup):
         rows = graph.fx.call_function(aten.embedding.default, (integers, *lookup.args[1:]))
         rows = graph.fx.call_function(aten._to_copy.default, (rows,), {"dtype": scale.dtype})
+        if paired:  # in arithmetic that every engine has: BitShift goes wrong in OpenVINO 2026.4
+            high = graph.fx.call_function(aten.floor.default, (graph.fx.call_function(aten.mul.Tensor, (rows, 1 / 16)),))
+            low = graph.fx.call_function(aten.sub.Tensor, (rows, graph.fx.call_function(aten.mul.Tensor, (high, 16.0))))
+            rows = graph.fx.call_function(aten.cat.default, ([low, high], -1))
+            rows = graph.fx.call_function(aten.sub.Tensor, (rows, 8.0))
         if zero.any():
             rows = graph.fx.call_function(aten.sub.Tensor, (rows, along(zero.to(scale.dtype), "row_zero")))
         rows = graph.fx.call_function(aten.mul.Tensor, (rows, along(scale, "row_scale")))

@@ -184,8 +184,8 @@ def test_weights_are_the_integers_of_the_graph(bits, learnable):
     content = to_onnx_bytes(graph)
     found = constants(loaded(content))
     for name in ("0.weight", "3.weight"):
-        assert found[f"{name}_integers"].dtype == np.int8
-        np.testing.assert_array_equal(found[f"{name}_integers"], stored[name].numpy())
+        assert str(found[f"{name}_integers"].dtype) == ("int8" if bits == 8 else "int4")
+        np.testing.assert_array_equal(found[f"{name}_integers"].astype(np.int8), stored[name].numpy())
         assert name not in found
     assert not any(value.dtype == np.float32 and value.ndim > 1 and value.size > 16 for value in found.values())
     assert verify(graph, content).cosine > 0.999999
@@ -242,6 +242,22 @@ def test_a_table_is_looked_up_as_integers_that_it_shares_with_the_tied_head():
     assert table in [node.input[0] for node in file.graph.node if node.op_type == "Cast"]
     assert not any(value.dtype == np.float32 and value.size > 100 for value in constants(file).values())
     assert verify(graph, content).cosine > 0.999999
+
+
+def test_four_bits_take_half_a_byte_and_run_in_both_engines(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(300, 64), nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 4))
+    graph = quantize_weights(capture(model, torch.randint(300, (2, 5))), bits=4)
+    content = to_onnx_bytes(graph)
+    assert len(content) < sum(p.numel() for p in model.parameters()) / 2 + 12_000
+    assert verify(graph, content).cosine > 0.999999
+    (tmp_path / "m.onnx").write_bytes(content)
+    tokens = torch.arange(300).reshape(60, 5)  # every row of the table
+    with torch.no_grad():
+        expected = graph(tokens)
+    for engine, close in (("onnxruntime", 1e-4), ("openvino", 2e-2)):  # OpenVINO rounds inputs of compressed weights to 8 bits
+        found = multum.Session(tmp_path / "m.onnx", engine=engine, threads=1).predict(tokens)
+        assert (found - expected).abs().max() < close * expected.abs().max()
 
 
 def test_one_weight_on_two_grids_is_stored_on_both():
