@@ -13,6 +13,7 @@ from ..graph import Graph
 from ..graph.file import grid, to_integers
 from ..graph.layers import QUANTIZERS
 from ..graph.model import aten, owners, read
+from .dynamic import to_integer_products
 
 _KINDS = (torch.uint8, torch.int8, torch.uint16, torch.int16)
 
@@ -25,7 +26,19 @@ def library() -> Any:
     library.impl("dequantize", lambda q, scale, *_: torch.empty_like(q, dtype=scale.dtype), "Meta")  # type: ignore[no-untyped-call]
     library.define("fake_quantize(Tensor x, Tensor scale, Tensor zero, int low, int high) -> Tensor")  # type: ignore[no-untyped-call]
     library.impl("fake_quantize", lambda x, *_: torch.empty_like(x), "Meta")  # type: ignore[no-untyped-call]
+    library.define("quantize_in_call(Tensor x) -> (Tensor, Tensor, Tensor)")  # type: ignore[no-untyped-call]
+    library.impl("quantize_in_call", _in_call, "Meta")  # type: ignore[no-untyped-call]
+    library.define("integer_product(Tensor q, Tensor scale, Tensor zero, Tensor columns, Tensor scales) -> Tensor")  # type: ignore[no-untyped-call]
+    library.impl("integer_product", _product, "Meta")  # type: ignore[no-untyped-call]
     return library
+
+
+def _in_call(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.uint8), x.new_empty(()), x.new_empty((), dtype=torch.uint8)
+
+
+def _product(q: Tensor, scale: Tensor, zero: Tensor, columns: Tensor, scales: Tensor) -> Tensor:
+    return scales.new_empty((*q.shape[:-1], columns.shape[1]))
 
 
 def kind(low: int, high: int) -> torch.dtype | None:
@@ -35,8 +48,16 @@ def kind(low: int, high: int) -> torch.dtype | None:
 
 def to_integer_weights(graph: Graph) -> None:
     """Replaces, in place, each quantized weight by its integers and one `multum::dequantize`, each quantized activation by a
-    `multum::fake_quantize` with a scalar scale and a zero point of its integer type."""
+    `multum::fake_quantize` with a scalar scale and a zero point of its integer type; products with inputs quantized in calls by such."""
     library()
+
+    def columns(node: fx.Node) -> tuple[Tensor, Tensor] | None:
+        value = _value(graph, node.args[0])
+        scale, zero, low, high = grid(graph, node, value.ndim)
+        exact = scale.shape[1:].numel() == 1 and not zero.any() and low >= -128 and high <= 127
+        return (to_integers(value, graph, node), scale.flatten()) if exact else None
+
+    to_integer_products(graph, columns)
     made: dict[Any, fx.Node] = {}
     for node in list(graph.fx.nodes):
         if node.target not in QUANTIZERS:

@@ -163,7 +163,16 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             levels = op.Clip(levels, *(op.Constant(value=ir.tensor(bound, dtype=types[integer])) for bound in (low, high)))
         return op.DequantizeLinear(levels, scale, zero)
 
+    def quantize_in_call(x: Any) -> Any:
+        return op.DynamicQuantizeLinear(x)
+
+    def integer_product(q: Any, scale: Any, zero: Any, columns: Any, scales: Any) -> Any:
+        sums = op.Cast(op.MatMulInteger(q, columns, zero), to=ir.DataType.FLOAT)
+        return op.Mul(sums, op.Mul(scale, scales))
+
     return {
+        torch.ops.multum.quantize_in_call.default: quantize_in_call,
+        torch.ops.multum.integer_product.default: integer_product,
         torch.ops.multum.dequantize.default: dequantize,
         torch.ops.multum.fake_quantize.default: fake_quantize,
     }

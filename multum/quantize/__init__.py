@@ -2,6 +2,7 @@
 
 from .activations import Activations
 from .aware import Aware
+from .dynamic import Dynamic
 from .half import Half
 from .mixed import Mixed
 from .non_uniform import FixedPoint, NonUniform
@@ -9,4 +10,4 @@ from .rate import RateDistortion
 from .static import Static
 from .weight_only import WeightOnly
 
-__all__ = ["Activations", "Aware", "FixedPoint", "Half", "Mixed", "NonUniform", "RateDistortion", "Static", "WeightOnly"]
+__all__ = ["Activations", "Aware", "Dynamic", "FixedPoint", "Half", "Mixed", "NonUniform", "RateDistortion", "Static", "WeightOnly"]

@@ -13,7 +13,7 @@ from torch import fx
 from ..errors import StepError
 from ..graph import Graph, Layer
 from ..graph.fuse import fuse
-from ..graph.layers import QUANTIZERS, source
+from ..graph.layers import source
 from ..graph.matrix import data
 from ..graph.model import aten, read
 from ..step import Plan, Stage, Step, option
@@ -21,7 +21,7 @@ from ..task import Task
 from ..train import Training
 from ..train.teacher import ALPHA, TEMPERATURE, default_rate, recover
 from .grid import Grid, signed, unsigned
-from .insert import following
+from .insert import check_activations, following
 from .observers import OBSERVERS, observe
 from .weight_only import ROUNDING, check_bits, check_rounding, choose, round_weights, weight_entries
 
@@ -63,8 +63,7 @@ class Aware(Step):
             raise StepError(f"quantize.Aware: samples is {self.samples}, epochs {self.epochs}.", "at least 1 sample, and epochs above 0")
 
     def plan(self, graph: Graph, task: Task) -> Plan:
-        if any(source(node) is None for node in graph.find(*QUANTIZERS)):
-            raise StepError("The activations are quantized already.", "activations in float", "remove the other step that quantizes them")
+        check_activations(graph)
         chosen, skipped = choose(graph, self.include, self.exclude)
         changes = {layer.name: entry for layer, entry in weight_entries(chosen, self.weight_bits, self.edges, self.rounding)}
         places = _inputs(chosen)

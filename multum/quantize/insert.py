@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..errors import StepError
+from ..export.dynamic import quantized_in_calls
 from ..graph import Graph, Layer
+from ..graph.layers import QUANTIZERS, source
 from ..graph.model import aten
 from .grid import Grid, best_scale, full_scale, signed, unsigned
 from .placement import Placement
@@ -70,6 +73,13 @@ def quantize_value(graph: Graph, value: fx.Node, name: str, grid: Grid, readers:
     quantizer = graph.operator(aten.fake_quantize_per_tensor_affine.tensor_qparams, args, value, after)
     for user in [user for user in value.users if user is not quantizer and (readers is None or user in readers)]:
         user.replace_input_with(value, quantizer)
+
+
+def check_activations(graph: Graph) -> None:
+    """Raises StepError when there are activations on grids already."""
+    if any(source(node) is None for node in graph.find(*QUANTIZERS)) or any(map(quantized_in_calls, graph.find(aten.mul.Tensor))):
+        do = "let one step quantize them, once"
+        raise StepError("The activations are quantized already.", "activations in float", do)
 
 
 def following(graph: Graph, value: fx.Node) -> fx.Node:

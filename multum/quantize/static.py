@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 from ..errors import StepError
 from ..graph import Graph, Layer
 from ..graph.fuse import fuse
-from ..graph.layers import QUANTIZERS, source
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .bias import correct_biases
 from .grid import affine, unsigned
-from .insert import quantize_values
+from .insert import check_activations, quantize_values
 from .observers import OBSERVERS, observe
 from .placement import Placement, place
 from .weight_only import ROUNDING, check_bits, check_rounding, choose, round_weights, weight_entries
@@ -79,8 +78,7 @@ class Static(Step):
 
     def _prepare(self, graph: Graph, task: Task) -> tuple[list[Layer], dict[str, str], Placement]:
         """Changes the float network into an equal one that is quantized well, and says what of it to quantize."""
-        if any(source(node) is None for node in graph.find(*QUANTIZERS)):
-            raise StepError("The activations are quantized already.", "activations in float", "let quantize.Static come first, and once")
+        check_activations(graph)
         fuse(graph)
         chosen, skipped = choose(graph, self.include, self.exclude)
         return chosen, skipped, place(graph.fx, chosen)

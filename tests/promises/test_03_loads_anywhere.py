@@ -17,7 +17,7 @@ from multum.errors import StepError
 from multum.factorize import SVD, Spatial, Tucker
 from multum.pack import describe
 from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
-from multum.quantize import Activations, Aware, FixedPoint, Half, Mixed, NonUniform, RateDistortion, Static, WeightOnly
+from multum.quantize import Activations, Aware, Dynamic, FixedPoint, Half, Mixed, NonUniform, RateDistortion, Static, WeightOnly
 from multum.share import Clusters, Ties
 from multum.step import methods
 from multum.task import call, logits
@@ -49,6 +49,7 @@ SHORT = {
     "distill.Teachers": Teachers(files=OTHER, epochs=0.2),
     "distill.Unlabelled": Unlabelled(epochs=0.2),
     "quantize.Aware": Aware(samples=16, epochs=0.2),
+    "quantize.Dynamic": Dynamic(),
     "quantize.FixedPoint": FixedPoint(),
     "quantize.NonUniform": NonUniform(),
     "quantize.Mixed": Mixed(samples=16, trials=4),
