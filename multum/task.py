@@ -150,9 +150,21 @@ def check_finite(value: Any, what: str) -> None:
 
 
 def calibration(task: Task, samples: int) -> Iterator[Any]:
-    """The inputs of the first calibration batches, up to `samples` samples; a shuffling loader gives the same ones each time."""
+    """The inputs of the first calibration batches, up to `samples` samples; a shuffling loader gives the same ones each time.
+
+    Raises TaskError for a batch that differs from the example in more than the number of samples.
+    """
+    expected = _forms(task.example)
     for inputs, _ in first(task, "calibration", samples):
+        if (found := _forms(inputs)) != expected:
+            raise TaskError(f"A sample of the calibration data has the shape {found}.", f"that of the example, {expected}")
         yield inputs
+
+
+def _forms(inputs: Any) -> str:
+    """The shapes of one sample, and whether they hold numbers or indices, in an order that does not depend on names."""
+    forms = [f"{list(leaf.shape[1:])}{'' if leaf.is_floating_point() else ' of integers'}" for leaf in tensors(inputs)]
+    return ", ".join(sorted(forms))
 
 
 def first(task: Task, part: str, samples: int) -> Iterator[tuple[Any, Any]]:

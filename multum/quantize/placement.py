@@ -41,6 +41,12 @@ _JOINS = (
     aten.sigmoid.default, aten.tanh.default, aten.hardsigmoid.default, aten.silu.default, aten.hardswish.default,
     aten.leaky_relu.default, aten.elu.default,
 )  # fmt: skip
+# Engines compute these in float, so nothing is gained by rounding what they read.
+FLOAT = (
+    aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default, aten.softmax.int, aten.log_softmax.int,
+    aten.gelu.default, aten.layer_norm.default, aten.group_norm.default, aten.rms_norm.default,
+    aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input,
+)  # fmt: skip
 
 
 @dataclass

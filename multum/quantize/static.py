@@ -15,7 +15,7 @@ from .bias import correct_biases
 from .grid import affine, unsigned
 from .insert import check_activations, quantize_values
 from .observers import OBSERVERS, observe
-from .placement import Placement, place
+from .placement import FLOAT, Placement, place
 from .weight_only import ROUNDING, check_bits, check_rounding, choose, round_weights, weight_entries
 
 
@@ -63,6 +63,9 @@ class Static(Step):
             }  # fmt: skip
         changes = _changes(chosen, placement, parameters, weight_entries(chosen, self.weight_bits, self.edges, self.rounding))
         skipped |= {name: "its weight is quantized already" for name, change in changes.items() if not change}
+        multiplied = {layer.node for layer in chosen if layer.kind in ("conv", "linear")}
+        kept = [node.name for node in graph.find(*FLOAT) if node not in multiplied]
+        skipped |= dict.fromkeys(kept, "stays in float: engines have no integer kernel for it")
         return Plan({name: change for name, change in changes.items() if change}, skipped)
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:

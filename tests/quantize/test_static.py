@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
-from multum.errors import StepError
+from multum.errors import StepError, TaskError
 from multum.export import to_onnx_bytes
 from multum.graph import Graph, capture, layers
 from multum.graph.file import from_data, to_data
@@ -332,6 +332,22 @@ def test_two_methods_share_a_network() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(StepError):
         Static(**options)
+
+
+def test_operators_without_integer_kernels_are_listed() -> None:
+    made = small(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.GRU(16, 4, batch_first=True), shape=(5, 8))
+    plan = Static(samples=4).plan(made.original.copy(), made)
+    assert {name for name, reason in plan.skipped.items() if "no integer kernel" in reason} == {"gelu", "layer_norm", "gru"}
+    assert set(plan.changes) >= {"0"}
+
+
+@pytest.mark.parametrize("wrong", [torch.randn(4, 3, 6, 6), torch.ones(4, 3, 8, 8, dtype=torch.int64)], ids=["shape", "integers"])
+def test_calibration_data_unlike_the_example_are_refused(wrong: torch.Tensor) -> None:
+    made = small(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    assert made.example.shape[1:] == (3, 8, 8)
+    made.calibration = [(wrong, 0)]
+    with pytest.raises(TaskError, match=r"that of the example, \[3, 8, 8\]"):
+        compress(made, Static())
 
 
 def test_a_pattern_without_a_match_is_refused(resnet: Task) -> None:
