@@ -1,0 +1,80 @@
+"""How fast int8 files run: `python bench/int8_speed.py resnet18 minilm`, batch 1, in turns, on every engine; a quiet machine is needed.
+
+`static` and `dynamic` are quantize.Static and quantize.Dynamic, without options; `nncf` is NNCF's quantization of the same ONNX file, for
+MiniLM with its preset for transformers. Ratios are to the fastest of the fp32 files. Needs nncf 3.4.0 for its row.
+"""
+
+import importlib.util
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from int8 import SAMPLES, feeds, ports
+from prune_speed import network
+from trained import NETWORKS
+
+import multum
+from multum.quantize import Dynamic, Static
+from multum.runtime import bench
+from multum.runtime.benchmark import verdict
+from multum.runtime.engines import installed
+from multum.task import calibration
+
+
+def resnet18() -> multum.Task:
+    """Random weights: only times are looked at."""
+    task = network()
+    batches = [({"pixel_values": torch.randn(4, 3, 224, 224)}, 0) for _ in range(4)]
+    return multum.Task(task.model, task.example, calibration=batches, name=task.name)
+
+
+def nncf_file(task: multum.Task, plain: Path, made: Path, transformer: bool) -> None:
+    import nncf
+    import onnx
+
+    nncf.set_log_level(logging.ERROR)
+    names = ports(plain)
+    dataset = nncf.Dataset(list(calibration(task, SAMPLES)), lambda inputs: feeds(inputs, names))
+    options = {"model_type": nncf.ModelType.TRANSFORMER} if transformer else {}
+    model = onnx.load(plain)
+    io = {one.key: one.value for one in model.metadata_props}
+    found = nncf.quantize(model, dataset, subset_size=SAMPLES, **options)
+    del found.metadata_props[:]
+    for key, value in io.items():
+        found.metadata_props.add(key=key, value=value)
+    onnx.save(found, made)
+
+
+def main() -> None:
+    for name in sys.argv[1:] or ("resnet18", "minilm"):
+        task = resnet18() if name == "resnet18" else NETWORKS[name]()
+        with tempfile.TemporaryDirectory() as folder:
+            files = {tool: Path(folder) / f"{tool}.onnx" for tool in ("fp32", "static", "dynamic", "nncf")}
+            multum.export(task.original, files["fp32"])
+            for tool, step in (("static", Static()), ("dynamic", Dynamic())):
+                multum.export(multum.compress(task, step).graph, files[tool])
+            if importlib.util.find_spec("nncf"):
+                nncf_file(task, files["fp32"], files["nncf"], transformer=name == "minilm")
+            for threads in (1, 2):
+                sessions = {
+                    f"{tool}, {engine}": multum.Session(path, engine=engine, threads=threads, spin=False)
+                    for tool, path in files.items()
+                    for engine in installed()
+                    if path.is_file()
+                }
+                measured = bench(sessions, task.example, batches=(1,), threads=(threads,), rounds=60, seconds=90)
+                times = {one.candidate: one.median for one in measured.timings}
+                fastest = min((key for key in times if key.startswith("fp32")), key=times.__getitem__)
+                print(f"{name}, {threads} threads: fp32 {times[fastest]:.2f} ms ({fastest})", flush=True)
+                for key in times:
+                    if not key.startswith("fp32"):
+                        found = verdict(measured, key, fastest, 1, threads)
+                        print(f"  {key:24} {times[key]:.2f} ms, {found.ratio:.2f}x ({found.low:.2f} to {found.high:.2f})", flush=True)
+                for key, why in measured.skipped.items():
+                    print(f"  {key}: {why[:150]}")
+
+
+if __name__ == "__main__":
+    main()
