@@ -205,6 +205,11 @@ def test_entropy_by_hand() -> None:
     assert entropy(h, unsigned(1)) == (0.0, 1.0)
 
 
+def test_entropy_counts_what_it_clips() -> None:
+    even = torch.linspace(0, 1, 20_001)[1:]  # all alike up to 1, where half of the values are
+    assert entropy(histogram(torch.cat([even, 1 + 9 * even])), unsigned(2))[1] > 5
+
+
 def test_how_many_samples_sufficed() -> None:
     random = torch.Generator().manual_seed(0)
     steady = [torch.rand(10, 100, generator=random) for _ in range(16)]

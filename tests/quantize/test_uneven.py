@@ -45,6 +45,8 @@ def test_additive_powers_of_two() -> None:
     assert additive(5)[15:].tolist() == pytest.approx(expected)
     assert additive(5)[:15].tolist() == pytest.approx([-v for v in expected[:0:-1]])
     assert additive(3).tolist() == powers(3).tolist()
+    # Three bits of magnitude: {0, 1, 1/4, 1/16} + {0, 1/2}.
+    assert additive(4)[7:].tolist() == pytest.approx(sorted((a + b) / 1.5 for a in first for b in (0, 1 / 2)))
 
 
 def test_each_quantile_stands_for_as_many_weights() -> None:
