@@ -24,7 +24,7 @@ _BITS = 8
 class Dynamic(Step):
     """Weights as 8-bit integers; inputs of linear layers as 8-bit integers on a range that is measured in every call. Needs no data.
 
-    Linear layers run in integer kernels of ONNX Runtime (DynamicQuantizeLinear, MatMulInteger); other engines may compute them in float.
+    Linear layers run in integer kernels of ONNX Runtime (DynamicQuantizeLinear, MatMulInteger); OpenVINO computes that slower than fp32.
     Weights of other layers are rounded alone: engines have no fast kernels for them. The range is that of the whole batch, so a sample's
     outputs depend a little on its company. Comes last: rounding stops gradients.
     """
