@@ -86,6 +86,11 @@ LOADER = textwrap.dedent("""
 """)
 
 
+@pytest.fixture(autouse=True)
+def another_network(task):
+    multum.save(task.original, OTHER)
+
+
 def test_every_method_is_tried_here():
     assert set(SHORT) == set(methods()), "add the new method, with options that take a second"
 
@@ -102,12 +107,14 @@ def test_a_fresh_process_gives_the_same_outputs(task, tmp_path, pairs):
 def test_so_do_those_that_need_attention(tmp_path):
     pytest.importorskip("transformers")
     load_elsewhere(
-        attentive("vit"), [(Heads(),), (Neurons(), Static()), (Heads(), Neurons(), Half()), (Attention(epochs=0.2),)], tmp_path, 4
+        attentive("vit"),
+        [(Heads(),), (Neurons(), Static()), (Heads(), Neurons(), Half()), (Attention(epochs=0.2),), (Ties(),)],
+        tmp_path,
+        5,
     )
 
 
 def load_elsewhere(task, recipes, tmp_path, least):
-    multum.save(task.original, OTHER)
     x = task.validation[0][0]
     expected, refused = {}, 0
     for steps in recipes:
@@ -130,8 +137,10 @@ def load_elsewhere(task, recipes, tmp_path, least):
         torch.testing.assert_close(loaded[name], y, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-OTHERS = [SHORT[name] for name in ("prune.Rewind", "prune.Heads", "prune.Neurons", "distill.Attention", "quantize.Activations")]
-# which need zeros, attention or a sigmoid
+# which need zeros, attention, a sigmoid, or layers in a row
+OTHERS = [
+    SHORT[name] for name in ("prune.Rewind", "prune.Heads", "prune.Neurons", "distill.Attention", "quantize.Activations", "share.Ties")
+]
 
 
 @pytest.mark.parametrize("step", [step for step in SHORT.values() if step not in OTHERS], ids=str)
