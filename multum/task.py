@@ -34,9 +34,10 @@ class Task:
     `example` is one batch of inputs: a tensor, a tuple (passed by position) or a dict (passed by name), nested at will.
     `train`, `calibration`, `validation` and `test` are iterables of `(inputs, targets)` batches that can be run through
     again and again; validation steers the search, test is used once at the end. `loss(outputs, targets)` gives a scalar
-    tensor. `metric(predict, data)` gets any callable from inputs to outputs and gives one score for each sample [n], or
-    one number; without it the score is the agreement with the original in percent. `fit(graph, loss)` replaces the
-    training loop by the user's own: it trains `graph` in place with `loss(inputs, outputs, targets)`.
+    tensor, or one for each output, in a dict or a tuple as the outputs are; they are summed. `metric(predict, data)` gets
+    any callable from inputs to outputs and gives one score for each sample [n], or one number; without it the score is the
+    agreement with the original in percent. `fit(graph, loss)` replaces the training loop by the user's own: it trains
+    `graph` in place with `loss(inputs, outputs, targets)`.
     """
 
     model: nn.Module
@@ -45,7 +46,7 @@ class Task:
     calibration: Batches | None = None
     validation: Batches | None = None
     test: Batches | None = None
-    loss: Callable[[Any, Any], Tensor] | None = None
+    loss: Callable[[Any, Any], Any] | None = None
     metric: Metric | None = None
     fit: Callable[[Graph, Callable[[Any, Any, Any], Tensor]], None] | None = None
     higher_is_better: bool = True
@@ -126,6 +127,11 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for part in value:
             yield from tensors(part)
+
+
+def total(losses: Any) -> Any:
+    """A loss that is one number [], or the sum of several in a dict or a tuple."""
+    return sum(tensors(losses)) if isinstance(losses, Mapping | tuple | list) else losses
 
 
 def logits(outputs: Any) -> Tensor:

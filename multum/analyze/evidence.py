@@ -13,7 +13,7 @@ from ..errors import StepError
 from ..graph import Graph, Layer, layers
 from ..graph.matrix import channel_dim, columns, data, multiplies, to_matrix
 from ..graph.watch import Watch
-from ..task import Task, batch_size, call, first, rows, tensors
+from ..task import Task, batch_size, call, first, rows, tensors, total
 from ..train import arrange
 
 _PIECE = 16  # samples that are pulled at together
@@ -151,7 +151,7 @@ class Evidence:
     def _loss(self, outputs: list[Tensor], nested: Any, targets: Any) -> Sequence[Tensor | None]:
         if self.task.loss is None:
             raise StepError(f"This criterion needs `loss`, which the task {self.task.name!r} does not have.", "Task(..., loss=...)")
-        return torch.autograd.grad(self.task.loss(nested, targets), outputs, retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(total(self.task.loss(nested, targets)), outputs, retain_graph=True, allow_unused=True)
 
     def _mean(self, part: str, pull: Pull, form: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
         """The sum over pieces of the data of what `form` makes of each weight's gradient, divided by the number of samples."""

@@ -4,24 +4,32 @@ from ..train import Teacher, default_rate, losses, recover
 from .assistant import Assistant
 from .datafree import DataFree
 from .elastic import Elastic, slices
+from .exits import Cascade, Self, exits
 from .hidden import Attention, Hidden, Relations
 from .logits import Logits
+from .peers import Peers
 from .student import student
+from .tasks import Tasks
 from .teachers import Teachers
 from .unlabelled import Unlabelled
 
 __all__ = [
     "Assistant",
     "Attention",
+    "Cascade",
     "DataFree",
     "Elastic",
     "Hidden",
     "Logits",
+    "Peers",
     "Relations",
+    "Self",
+    "Tasks",
     "Teacher",
     "Teachers",
     "Unlabelled",
     "default_rate",
+    "exits",
     "losses",
     "recover",
     "slices",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Elastic(Logits):
     networks. It comes last: a step that edits the graph afterwards leaves the widest only.
     """
 
+    replaceable = False
+
     widths: tuple[float, ...] = option((0.75, 0.5, 0.25), "shares of the channels, beside all of them")
 
     def plan(self, graph: Graph, task: Task) -> Plan:
@@ -61,7 +64,7 @@ class Elastic(Logits):
                 graph.set_tensor(_of(name, tensor), value.clone(), parameter=isinstance(value, nn.Parameter))
         narrower = [_Slice(graph, groups, name, keep) for name, keep in keeps.items()]
 
-        def also(inputs: Any, outputs: Any, targets: Any) -> Tensor:
+        def also(inputs: Any, outputs: Any, targets: Any, held: Callable[[Any], Tensor]) -> Tensor:
             goal = spec.unflatten([leaf.detach() for leaf in spec.flatten(outputs, graph.outputs)], graph.outputs)
             chosen = {len(narrower) - 1, int(torch.randint(len(narrower), ()))}
             terms = [imitation(narrower[place](inputs), goal, targets, self.temperature) for place in sorted(chosen)]

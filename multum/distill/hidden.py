@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ..errors import StepError, near
@@ -62,33 +63,23 @@ class Hidden(Inside):
     """Trains toward hidden values of the original as well (Romero et al. 2015; Sun et al. 2019; Zagoruyko & Komodakis 2017).
 
     `projected`: values of any width, up to the best linear map; `patient`: of the same width, normalized; `attention`: where in an image
-    or a signal the energy lies.
+    or a signal the energy lies. Several are summed, those of `Relations` among them.
     """
 
-    loss: str = option("projected", "projected, patient or attention")
+    loss: str | tuple[str, ...] = option("projected", "projected, patient or attention; several with weights: ('projected', 'rkd=0.1')")
 
     def compare(self, graph: Graph) -> Compare:
-        known = {"projected": losses.projected, "patient": losses.patient, "attention": losses.attention}
-        if self.loss not in known:
-            raise StepError(f"There is no loss {self.loss!r}.", f"one of {', '.join(known)}, such as {near(self.loss, known)}")
-        return known[self.loss]
+        return _weighted(self.loss, _HIDDEN | _RELATIONS)
 
 
 @dataclass(frozen=True)
 class Relations(Inside):
     """Trains toward how samples of a batch relate in the original (Park et al. 2019; Tung & Mori 2019; Tian et al. 2020)."""
 
-    loss: str = option("rkd", "rkd: distances and angles; similarity; contrast")
+    loss: str | tuple[str, ...] = option("rkd", "rkd: distances and angles; similarity; contrast; several: ('rkd', 'contrast=0.1')")
 
     def compare(self, graph: Graph) -> Compare:
-        known: dict[str, Compare] = {
-            "rkd": lambda ours, theirs: losses.distances(ours, theirs) + 2 * losses.angles(ours, theirs),
-            "similarity": losses.similarities,
-            "contrast": losses.contrast,
-        }
-        if self.loss not in known:
-            raise StepError(f"There is no loss {self.loss!r}.", f"one of {', '.join(known)}, such as {near(self.loss, known)}")
-        return known[self.loss]
+        return _weighted(self.loss, _RELATIONS)
 
     def pairs(self, graph: Graph, teacher: Graph) -> list[Pair]:
         return super().pairs(graph, teacher)[-1:] if not self.layers else super().pairs(graph, teacher)
@@ -114,6 +105,39 @@ class Attention(Inside):
 
     def compare(self, graph: Graph) -> Compare:
         return lambda ours, theirs: losses.self_relations(_joined(ours), _joined(theirs), self.heads or ours.shape[1])
+
+
+_HIDDEN: dict[str, Compare] = {"projected": losses.projected, "patient": losses.patient, "attention": losses.attention}
+_RELATIONS: dict[str, Compare] = {
+    "rkd": lambda ours, theirs: losses.distances(ours, theirs) + 2 * losses.angles(ours, theirs),
+    "similarity": losses.similarities,
+    "contrast": losses.contrast,
+}
+
+
+def _weighted(given: str | tuple[str, ...], known: dict[str, Compare]) -> Compare:
+    """The sum of the losses of these names, each times its weight where it has one."""
+    rows = weights((given,) if isinstance(given, str) else given)
+    for name in rows:
+        if name not in known:
+            raise StepError(f"There is no loss {name!r}.", f"one of {', '.join(known)}, such as {near(name, known)}")
+    if not any(rows.values()):
+        raise StepError(f"No loss has a weight: {given!r}.", "at least one above 0")
+    return lambda ours, theirs: sum((weight * known[name](ours, theirs) for name, weight in rows.items()), start=torch.zeros(()))
+
+
+def weights(rows: Sequence[str]) -> dict[str, float]:
+    """Weights by name, from 'name=weight' or 'name', which weighs 1. Raises StepError for what is no number from 0 on."""
+    found = {}
+    for row in rows:
+        name, _, weight = row.partition("=")
+        try:
+            found[name] = float(weight or 1)
+        except ValueError:
+            found[name] = -1.0
+        if not 0 <= found[name] < float("inf"):
+            raise StepError(f"{row!r} gives no weight.", "a name and a number from 0 on, such as 'rkd=0.5'")
+    return found
 
 
 def _attentions(graph: Graph) -> list[list[fx.Node]]:

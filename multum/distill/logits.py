@@ -14,7 +14,8 @@ from ..graph import Graph
 from ..graph.layers import QUANTIZERS
 from ..step import Plan, Step, option
 from ..task import Task, call
-from ..train import Augment, Average, Companion, Rate, Training, default_rate, recover
+from ..train import Augment, Average, Companion, Rate, Training, Unfreeze, default_rate, losses, recover
+from ..train.losses import LIKENESSES
 from ..train.teacher import ALPHA, TEMPERATURE
 
 
@@ -24,16 +25,19 @@ class Logits(Step):
 
     stage = None
     needs: ClassVar[tuple[str, ...]] = ("train",)
+    replaceable: ClassVar[bool] = True  # by the same network trained by labels alone
 
     epochs: float = option(1.0, "passes over the training data; 0.5 is half a pass")
     learning_rate: float | None = option(None, "highest learning rate; found from the graph when not given")
     temperature: float = option(TEMPERATURE, "softens the probabilities of teacher and student; above zero")
     alpha: float = option(ALPHA, "weight of the original's outputs in the loss, 0 to 1; the task's loss has the rest")
+    likeness: str = option("soft", "how logits are compared: soft; decoupled (DKD), correlated (DIST), standardized")
     optimizer: str = option("adamw", "adamw or sgd")
     patience: int = option(5, "passes without a better validation score after which training stops; 0: never")
     augment: str | tuple[str, ...] = option((), "what is done to the student's inputs: crop, flip, cutout, mixup, cutmix; tokens")
     average: float = option(0.0, "decay of the mean of past weights, which then is the result, such as 0.999; 0: the weights themselves")
-    baseline: bool = option(False, "train a copy alike without the original as well, tell what it gained, and keep the better of the two")
+    unfreeze: float = option(0.0, "share of the training in which layers are freed one after another, the last one first; 0: all train")
+    baseline: bool = option(False, "train copies alike without the original, and without hidden values; tell the gain, keep the best")
     bits: float | None = option(None, "most entropy of the quantized weights at the end, bits per weight: bounds the size of the file")
 
     def plan(self, graph: Graph, task: Task) -> Plan:
@@ -41,10 +45,14 @@ class Logits(Step):
             raise StepError(f"The temperature is {self.temperature!r}.", "a number above zero", "4 suits most classifiers")
         if not 0 <= self.alpha <= 1:
             raise StepError(f"alpha is {self.alpha!r}.", "a number from 0 to 1")
+        if self.likeness not in LIKENESSES:
+            raise StepError(f"There is no likeness {self.likeness!r}.", f"one of {', '.join(LIKENESSES)}")
         if self.alpha == 0 and task.loss is None:
             raise StepError(f"alpha is 0 and the task {task.name!r} has no loss.", "Task(..., loss=...) or an alpha above 0")
         if self.baseline and (task.loss is None or task.validation is None):
             raise StepError("The gain of the original cannot be measured.", "a task with a loss and validation data", "baseline=False")
+        if self.baseline and not self.replaceable:
+            raise StepError(f"A network trained by labels alone cannot take the place of what {self.name()} trains.", "baseline=False")
         if self.bits is not None and not graph.find(*QUANTIZERS):
             raise StepError(
                 f"{self.bits} bits are asked for and no weight is quantized.", "quantized weights", "put quantize.RateDistortion before"
@@ -61,22 +69,32 @@ class Logits(Step):
     def _learn(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None, **taught: Any) -> dict[str, Any]:
         """`taught` by other than the outputs of the original: a hint, another teacher."""
         alpha, how = plan.changes["*"]["alpha"], self._training(graph)
-        alone = graph.copy() if self.baseline else None
-        measured = recover(graph, task, how, workdir, self._companions(), self.temperature, alpha, **taught)
-        if alone is None:
+        taught = {"alike": partial(losses.imitation, temperature=self.temperature, likeness=self.likeness)} | taught
+        begin = graph.copy() if self.baseline else graph
+        measured = recover(graph, task, how, workdir, self._companions(), alpha=alpha, **taught)
+        if not self.baseline:
             return measured
-        recover(alone, task, how, workdir and workdir / "alone", self._companions(), alpha=0.0)
-        ours, theirs = (float(np.mean(task.score(partial(call, one)))) for one in (graph, alone))
-        gain = ours - theirs if task.higher_is_better else theirs - ours
-        if gain < 0:
-            for name, value in alone.named_tensors():
-                graph.set_tensor(name, value)
-        return measured | {"alone": theirs, "gain": gain, "taught": gain >= 0}
+        less: dict[str, dict[str, Any]] = {"alone": {"alpha": 0.0}}
+        if taught.get("hint"):
+            less["outputs"] = taught | {"alpha": alpha, "hint": None}
+        rivals = {"all": graph}
+        for name, terms in less.items():
+            rivals[name] = begin.copy()
+            rivals[name].tap()
+            recover(rivals[name], task, how, workdir and workdir / name, self._companions(), **terms)
+        scores = {name: float(np.mean(task.score(partial(call, one)))) for name, one in rivals.items()}
+        sign = 1 if task.higher_is_better else -1
+        best = max(scores, key=lambda name: sign * scores[name])  # the first of equals: with all terms
+        for name, value in rivals[best].named_tensors() if best != "all" else ():
+            graph.set_tensor(name, value)
+        gains = {"gain": sign * (scores["all"] - scores["alone"]), "taught": best != "alone", "kept_terms": best}
+        return measured | {name: scores[name] for name in less} | gains
 
     def _companions(self) -> list[Companion]:
         names = (self.augment,) if isinstance(self.augment, str) else self.augment
         found: list[Companion] = [Augment(names)] if names else []
         found += [Average(self.average)] if self.average else []
+        found += [Unfreeze(self.unfreeze)] if self.unfreeze else []
         return found + ([] if self.bits is None else [Rate(self.bits)])
 
     def _training(self, graph: Graph) -> Training:

@@ -29,7 +29,7 @@ def pairs(student: Graph, teacher: Graph, named: Sequence[str] = ()) -> list[Pai
     if named:
         found = [pair for pattern in named for pair in _named(student, teacher, pattern)]
     else:
-        ours, theirs = (_points(graph) for graph in (student, teacher))
+        ours, theirs = (points(graph) for graph in (student, teacher))
         names = {node.name: node for node in theirs}
         found = [(node, names[node.name]) for node in ours if node.name in names]
         if not found or found[-1] != (ours[-1], theirs[-1]):  # names that agree by chance: another network, of other depth
@@ -46,7 +46,7 @@ def pairs(student: Graph, teacher: Graph, named: Sequence[str] = ()) -> list[Pai
     return [found[round((place + 1) * len(found) / _MOST) - 1] for place in range(_MOST)]
 
 
-def _points(graph: Graph) -> list[fx.Node]:
+def points(graph: Graph) -> list[fx.Node]:
     """What is worth imitating: the ends of blocks, else activations, else layers; never an output of the model."""
     last = set(graph.fx.output_node().all_input_nodes)
     kinds = (

@@ -9,6 +9,7 @@ from .loop import Loss, fit
 from .optimizer import Training
 from .rate import Rate, entropy
 from .teacher import Teacher, default_rate, recover
+from .unfreeze import Unfreeze
 
 __all__ = [
     "Augment",
@@ -18,6 +19,7 @@ __all__ = [
     "Rate",
     "Teacher",
     "Training",
+    "Unfreeze",
     "arrange",
     "default_rate",
     "entropy",

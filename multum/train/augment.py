@@ -71,12 +71,14 @@ class Augment(Companion):
             raise TrainError("Samples are mixed in two ways at once.", "mixup or cutmix")
         self.names, self.key = names, f"augment {' '.join(names)}"
         self.mix: Mix | None = None
+        self.seen: Any = None  # what became of the last batch
 
     def view(self, inputs: Any) -> Any:
         for name in self.names:
             inputs, done = self._applied(name, inputs)
             if not done:
                 raise TrainError(f"The inputs have nothing for {name!r}.", "images [n, c, h, w], or for tokens ids [n, t]")
+        self.seen = inputs
         return inputs
 
     def _applied(self, name: str, value: Any) -> tuple[Any, bool]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..errors import StepError
 from ..task import tensors
 
+LIKENESSES = ("soft", "decoupled", "correlated", "standardized")
 _NAMES = ("logits", "scores")
 
 
@@ -194,11 +195,18 @@ def _rows(value: Tensor) -> Tensor:
     return value.flatten(2).transpose(1, 2).flatten(0, 1) if value.ndim >= 4 else value.reshape(-1, value.shape[-1])
 
 
-def imitation(student: Any, teacher: Any, targets: Any, temperature: float) -> Tensor:
-    """The sum over all floating-point outputs: soft labels for logits of classes, relative squared error for the rest.
+def imitation(student: Any, teacher: Any, targets: Any, temperature: float, likeness: str = "soft") -> Tensor:
+    """The sum of `imitations`."""
+    terms = list(imitations(student, teacher, targets, temperature, likeness).values())
+    return sum(terms[1:], terms[0])
+
+
+def imitations(student: Any, teacher: Any, targets: Any, temperature: float, likeness: str = "soft") -> dict[str, Tensor]:
+    """A term for each floating-point output, by its place: soft labels for logits of classes, relative squared error for the rest.
 
     Logits are outputs so named, and outputs [n, ..., classes] (images: [n, classes, h, w]) for which the targets hold
-    integers [n, ...]. Raises StepError when student and teacher do not give the same outputs.
+    integers [n, ...]; another `likeness` of LIKENESSES compares them otherwise. Raises StepError when student and teacher do not give
+    the same outputs.
     """
     ours, theirs = (list(_named(value)) for value in (student, teacher))
     if [(name, value.shape) for name, value in ours] != [(name, value.shape) for name, value in theirs]:
@@ -208,18 +216,42 @@ def imitation(student: Any, teacher: Any, targets: Any, temperature: float) -> T
         )
     if not ours:
         raise StepError("The model's outputs hold no floating-point tensor.", "at least one, such as logits")
-    total = torch.zeros((), device=ours[0][1].device)
+    terms = {}
     for (name, value), (_, wanted) in zip(ours, theirs, strict=True):
-        dim = _classes(name, value, targets)
-        total = total + (squared_error(value, wanted) if dim is None else soft_labels(value, wanted, temperature, dim))
-    return total
+        own = _of_one(targets, name, len(ours))
+        dim = _classes(name, value, own)
+        terms[name] = squared_error(value, wanted) if dim is None else _alike(likeness, value, wanted, own, temperature, dim)
+    return terms
+
+
+def _of_one(targets: Any, name: str, count: int) -> Any:
+    """The targets of one of several outputs, where they are named or placed as the outputs are; else all of them."""
+    if isinstance(targets, Mapping):
+        return targets.get(name, targets)
+    return targets[int(name)] if isinstance(targets, tuple | list) and name.isdecimal() and len(targets) == count > 1 else targets
+
+
+def _alike(likeness: str, student: Tensor, teacher: Tensor, targets: Any, temperature: float, dim: int) -> Tensor:
+    """How far logits are from the teacher's, by one of LIKENESSES."""
+    if likeness == "soft":
+        return soft_labels(student, teacher, temperature, dim)
+    if likeness == "standardized":
+        return soft_labels(standardized(student, dim), standardized(teacher, dim), temperature, dim)
+    ours, theirs = (value.movedim(dim, -1).flatten(0, -2) for value in (student, teacher))
+    if likeness == "correlated":
+        return correlated(ours, theirs, temperature)
+    places = student.shape[:dim] + student.shape[dim + 1 :]
+    labels = next((target for target in tensors(targets) if not target.is_floating_point() and target.shape == places), None)
+    if labels is None:
+        raise StepError("Logits without labels cannot be compared decoupled.", "targets that are labels", "another likeness, such as soft")
+    return decoupled(ours, theirs, labels.flatten(), temperature)
 
 
 def _classes(name: str, value: Tensor, targets: Any) -> int | None:
     """The dimension of the classes, or None when the output is not known to be logits."""
-    if value.ndim < 2:
-        return None
     dim = 1 if value.ndim == 4 else value.ndim - 1
+    if value.ndim < 2 or value.shape[dim] < 2:
+        return None
     labels = value.shape[:dim] + value.shape[dim + 1 :]
     counted = any(not target.is_floating_point() and target.shape == labels for target in tensors(targets))
     return dim if counted or name.rpartition(".")[2] in _NAMES else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from ..errors import TrainError
 from ..graph import Graph, spec
 from ..graph.fuse import fuse
 from ..graph.model import aten
-from ..task import Task, call, tensors
-from .augment import Augment, mixed
+from ..task import Task, call, tensors, total
+from .augment import Augment, Mix, mixed
 from .board import note
 from .companion import Companion
 from .layout import arrange, lay_out
@@ -28,6 +29,9 @@ TEMPERATURE, ALPHA = 4.0, 0.9
 
 # From the student's and the teacher's hidden values, in the same order, to a term of the loss; and the operators that give the teacher's.
 Hint = tuple[Callable[[list[Any], list[Any]], Tensor], Sequence[fx.Node]]
+
+# From what the student saw, its outputs, the targets, and the loss to which other outputs for this batch are held, to one more term.
+Also = Callable[[Any, Any, Any, Callable[[Any], Tensor]], Tensor]
 
 
 class Teacher:
@@ -76,12 +80,14 @@ def recover(
     alpha: float = ALPHA,
     hint: Hint | None = None,
     teacher: Callable[[Any, Any], Any] | None = None,
-    also: Loss | None = None,
+    also: Also | None = None,
+    alike: Loss | None = None,
 ) -> dict[str, Any]:
     """Trains `graph` in place toward the outputs of the original; the task's loss, where there is one, weighs 1 - `alpha`.
 
     With a `hint` the graph is tapped at as many places, and the term over what it gives there is added. Another `teacher` gives the
-    outputs for a batch of inputs and targets in the original's place. What `also` gives is added.
+    outputs for a batch of inputs and targets in the original's place. What `also` gives is added. `alike` takes the place of
+    `losses.imitation`: from the student's outputs, the teacher's and the targets to a number.
     """
     asked: Any = teacher or Teacher(task.original, hint[1] if hint else (), how.remembered())
     own = task.loss
@@ -91,23 +97,31 @@ def recover(
     if augment and hint:
         raise TrainError("Hidden values of changed inputs do not answer to the teacher's.", "no augmentation, or only toward outputs")
 
+    like = alike or partial(imitation, temperature=temperature)
+
+    def held(outputs: Any, given: Any, targets: Any, mix: Mix | None) -> dict[str, Tensor]:
+        terms = {"teacher": alpha * like(outputs, given, targets)} if alpha > 0 else {}
+        if own and alpha < 1:
+            terms["task"] = (1 - alpha) * total(own(outputs, targets))
+            if mix:
+                terms["task"] = mix[1] * terms["task"] + (1 - mix[1]) * (1 - alpha) * total(own(outputs, picked(targets, mix[0])))
+        return terms
+
     def loss(inputs: Any, outputs: Any, targets: Any) -> Tensor:
-        mix, terms = augment.mix if augment else None, dict[str, Tensor]()
-        if alpha > 0 or hint:
-            given = mixed(asked(inputs, targets), mix)
-        if alpha > 0:
-            terms["teacher"] = alpha * imitation(outputs, given, targets, temperature)
+        mix = augment.mix if augment else None
+        given = mixed(asked(inputs, targets), mix) if alpha > 0 or hint else None
+        terms = held(outputs, given, targets, mix)
         if hint:
             terms["hidden"] = hint[0](graph.tapped, asked.hidden)
-        if own and alpha < 1:
-            terms["task"] = (1 - alpha) * own(outputs, targets)
-            if mix:
-                terms["task"] = mix[1] * terms["task"] + (1 - mix[1]) * (1 - alpha) * own(outputs, picked(targets, mix[0]))
         if also:
-            terms["also"] = also(inputs, outputs, targets)
+            seen = augment.seen if augment else inputs
+            terms["also"] = also(seen, outputs, targets, lambda other: sum(held(other, given, targets, mix).values(), start=zero(other)))
         for term, value in terms.items():
             note(term, value)
-        return sum(terms.values(), start=torch.zeros((), device=next(tensors(outputs)).device))
+        return sum(terms.values(), start=zero(outputs))
+
+    def zero(outputs: Any) -> Tensor:
+        return torch.zeros((), device=next(tensors(outputs)).device)
 
     return fit(graph, task, loss, how, workdir, companions)
 

@@ -98,3 +98,16 @@ def test_widths_that_cannot_be_are_refused(task: Task, widths: tuple[float, ...]
 def test_a_graph_of_one_width_says_so(task: Task) -> None:
     with pytest.raises(StepError, match="one width only"):
         distill.slices(task.original)
+
+
+def test_all_widths_see_what_the_widest_sees(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    from multum.distill import elastic
+    from multum.train import augment
+
+    monkeypatch.setitem(augment._ONE, "flip", lambda images: torch.full_like(images, 7.0))
+    called = elastic._Slice.__call__
+    monkeypatch.setattr(elastic._Slice, "__call__", lambda self, inputs: seen.append(inputs) or called(self, inputs))
+    compress(task.but(validation=None), distill.Elastic(epochs=0.2, augment="flip"))
+    assert seen
+    assert all(bool((images == 7).all()) for images in seen)

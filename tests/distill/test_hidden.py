@@ -197,3 +197,14 @@ def test_channels_of_signals_are_channels(loss: str) -> None:
         ([4, 20], [16, 20]),
     ]
     compress(task, Hidden(loss=loss), student=student)
+
+
+def test_losses_combine_with_weights(task: Task) -> None:
+    ours, theirs = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    found = Hidden(loss=("attention=100", "rkd=0.5", "projected")).compare(task.original)(ours, theirs)
+    rkd = losses.distances(ours, theirs) + 2 * losses.angles(ours, theirs)
+    expected = 100 * losses.attention(ours, theirs) + 0.5 * rkd + losses.projected(ours, theirs)
+    torch.testing.assert_close(found, expected)
+    for names, said in ((("rkd=x",), "gives no weight"), (("rdk",), "no loss 'rdk'"), (("rkd=0",), "No loss has a weight")):
+        with pytest.raises(StepError, match=said):
+            compress(task, Hidden(loss=names))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from multum.distill import Logits
+from multum.distill import Hidden, Logits, hidden
 from multum.errors import StepError, TrainError
 from multum.graph import Graph, capture
 from multum.step import Recipe, compress, methods
@@ -203,3 +203,41 @@ def test_the_gain_is_measured_and_a_teacher_that_does_not_help_is_dropped(lies: 
 def test_a_gain_needs_a_loss_and_something_to_measure_it_on() -> None:
     with pytest.raises(StepError, match="gain of the original cannot be measured"):
         compress(task_of(Net()), Logits(baseline=True))
+
+
+@pytest.mark.parametrize("likeness", ["decoupled", "correlated", "standardized"])
+def test_another_likeness_brings_the_student_to_the_teacher_too(likeness: str) -> None:
+    task = task_of(Net(), loss=lambda outputs, targets: nn.functional.cross_entropy(outputs["logits"], targets))
+    student, x = forget(task.original.copy().requires_grad_(True)), task.train[0][0]
+    before = distance(student, task.original, x)
+    step = Logits(epochs=20, learning_rate=0.01, likeness=likeness, alpha=1.0)
+    step.apply(student, step.plan(student, task), task, None)
+    assert distance(student, task.original, x) < 0.7 * before
+
+
+def test_a_likeness_that_is_none_and_one_that_needs_labels() -> None:
+    task = task_of(Net())
+    with pytest.raises(StepError, match="no likeness 'hard'"):
+        compress(task, Logits(likeness="hard"))
+    with pytest.raises(StepError, match="Logits without labels cannot be compared decoupled"):
+        compress(task.but(train=[(x, None) for x, _ in task.train]), Logits(likeness="decoupled"))
+
+
+def test_hidden_values_that_do_not_help_are_dropped_while_the_outputs_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hint draws the hidden value to nothing: what is kept is the training without it."""
+    task = labelled(lies=False)
+    torch.manual_seed(1)
+    teacher = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    task = Task(compress(task, Logits(alpha=1.0, epochs=40, learning_rate=0.03), student=teacher).graph, task.example, **{
+        name: getattr(task, name) for name in ("train", "validation", "loss", "metric")
+    })  # fmt: skip
+    monkeypatch.setitem(hidden._HIDDEN, "patient", lambda ours, theirs: ours.square().mean())
+    torch.manual_seed(2)
+    student = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    step = Hidden(loss="patient", weight=1000.0, epochs=20, learning_rate=0.03, baseline=True)
+    result = compress(task, step, student=student)
+    measured = result.records[0].measured
+    assert measured["kept_terms"] == "outputs"
+    assert measured["taught"] is True
+    assert float(task.score(result.graph).mean()) == pytest.approx(measured["outputs"])
+    assert measured["outputs"] > measured["alone"] + measured["gain"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import multum
-from multum.distill import Assistant, Attention, DataFree, Elastic, Hidden, Logits, Relations, Teachers, Unlabelled
+from multum.distill import Assistant, Attention, DataFree, Elastic, Hidden, Logits, Peers, Relations, Self, Tasks, Teachers, Unlabelled
 from multum.errors import StepError
 from multum.factorize import SVD, Spatial, Tucker
 from multum.pack import describe
@@ -45,7 +45,10 @@ SHORT = {
     "factorize.Tucker": Tucker(parameters=0.6, samples=16),
     "distill.Logits": Logits(epochs=0.2),
     "quantize.Activations": Activations(),
+    "distill.Peers": Peers(epochs=0.2),
     "distill.Relations": Relations(epochs=0.2),
+    "distill.Self": Self(epochs=0.2, hidden=4),
+    "distill.Tasks": Tasks(epochs=0.2),
     "distill.Teachers": Teachers(files=OTHER, epochs=0.2),
     "distill.Unlabelled": Unlabelled(epochs=0.2),
     "quantize.Aware": Aware(samples=16, epochs=0.2),
@@ -137,10 +140,9 @@ def load_elsewhere(task, recipes, tmp_path, least):
         torch.testing.assert_close(loaded[name], y, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# which need zeros, attention, a sigmoid, or layers in a row
-OTHERS = [
-    SHORT[name] for name in ("prune.Rewind", "prune.Heads", "prune.Neurons", "distill.Attention", "quantize.Activations", "share.Ties")
-]
+# which need zeros, attention, several outputs, a sigmoid, or layers in a row
+_NAMES = ("prune.Rewind", "prune.Heads", "prune.Neurons", "distill.Attention", "distill.Tasks", "quantize.Activations", "share.Ties")
+OTHERS = [SHORT[name] for name in _NAMES]
 
 
 @pytest.mark.parametrize("step", [step for step in SHORT.values() if step not in OTHERS], ids=str)

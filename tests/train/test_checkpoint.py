@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from multum.errors import TrainError
 from multum.graph import Graph
 from multum.task import Task
-from multum.train import Training, fit, loop
+from multum.train import Training, Unfreeze, fit, loop
 
 torch.set_num_threads(1)
 
@@ -110,6 +110,40 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: object)
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(TrainError, match=r"training\.safetensors' cannot be read"):
         train(task, tmp_path, Training(epochs=1))
+
+
+def test_layers_are_freed_from_the_last_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    task, how = make(), Training(epochs=3, learning_rate=0.01)  # 18 steps
+    moved: list[list[bool]] = []
+
+    def taught(folder: Path | None, cut: int = 0) -> Graph:
+        graph = task.original.copy().requires_grad_(True)
+        begin, steps = {name: value.detach().clone() for name, value in graph.tensors.named_parameters()}, []
+
+        def loss(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+            moved.append([not torch.equal(graph.tensor(name), begin[name]) for name in ("conv.weight", "norm.weight", "head.weight")])
+            steps.append(1)
+            if len(steps) == cut:
+                raise Cut
+            return nn.functional.cross_entropy(outputs, targets)
+
+        fit(graph, task, loss, how, folder, [Unfreeze(0.5)])
+        assert all(parameter.requires_grad for parameter in graph.parameters())
+        return graph
+
+    whole = taught(None)
+    first = [[row[place] for row in moved].index(True) for place in range(3)]
+    assert first == [7, 4, 1]  # freed after 2 / 3, 1 / 3 and none of the nine steps; what moved is seen one step later
+    with pytest.raises(Cut):
+        taught(tmp_path, cut=6)
+    assert taught(tmp_path).fingerprint() == whole.fingerprint()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_of_the_steps_is_a_share(share: float) -> None:
+    with pytest.raises(TrainError, match="layers are freed"):
+        Unfreeze(share)
 
 
 PROGRAM = """
