@@ -6,6 +6,7 @@ from .datafree import DataFree
 from .elastic import Elastic, slices
 from .exits import Cascade, Self, exits
 from .hidden import Attention, Hidden, Relations
+from .light import affinity, light, zoo
 from .logits import Logits
 from .peers import Peers
 from .student import student
@@ -28,10 +29,13 @@ __all__ = [
     "Teacher",
     "Teachers",
     "Unlabelled",
+    "affinity",
     "default_rate",
     "exits",
+    "light",
     "losses",
     "recover",
     "slices",
     "student",
+    "zoo",
 ]

@@ -100,6 +100,19 @@ def groups(found: Mapping[str, Any]) -> RenderableType:
     return Group(*parts, *([stays] if whole else []), Text(f"{len(free)} groups can be cut, {len(whole)} cannot."), *kinds)
 
 
+def students(found: Mapping[str, Any]) -> RenderableType:
+    """Candidates for a student, the original first."""
+    from rich.console import Group
+    from rich.text import Text
+
+    table = _table("student", ">parameters", ">file", ">time", ">faster", ">score")
+    for row in found["rows"]:
+        faster = f"{found['rows'][0]['ms'] / row['ms']:.2f}x"
+        table.add_row(row["name"], amount(row["parameters"]), size(row["bytes"]), duration(row["ms"]), faster, f"{row['score']:.3f}")
+    notes = [Text(f"left out: {name}: {reason}", "dim") for name, reason in found["skipped"].items()]
+    return Group(table, *notes)
+
+
 def times(rows: Iterable[Mapping[str, Any]], verdict: str) -> RenderableType:
     """Original and compressed model in turns, for each batch size and number of threads."""
     from rich.console import Group

@@ -2,6 +2,7 @@
 
 from .finish import Outcome
 from .search import run, search
+from .students import Students, students
 from .target import Target
 
-__all__ = ["Outcome", "Target", "run", "search"]
+__all__ = ["Outcome", "Students", "Target", "run", "search", "students"]
