@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from ..errors import FileError
 from . import floats, integers
+from .bulk import large
+from .histograms import Histograms
 from .numbers import pack_numbers, unpack_numbers
-from .symbols import Decoder, Encoder, Histograms
+from .symbols import Decoder, Encoder
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -165,14 +167,14 @@ def _colors(arrays: Sequence[Array]) -> Ints | None:
     return found if found.size <= sum(a.size for a in arrays) // 4 else None
 
 
-def _palette(near: int, count: int, size: int) -> Histograms:
-    return Histograms(np.arange(count) - near, max(1.0, count / 8), size)
+def _palette(near: int, count: int, sizes: Sequence[int]) -> Histograms:
+    return Histograms(np.arange(count) - near, max(1.0, count / 8), sum(sizes), bulk=large(sizes))
 
 
 def _encode_palette(arrays: Sequence[Array], colors: Ints) -> Parts:
     coded = encode(_disordered(colors, arrays[0].dtype))
     near = int(np.abs(colors).argmin())
-    stream, histograms = Encoder(), _palette(near, colors.size, sum(a.size for a in arrays))
+    stream, histograms = Encoder(), _palette(near, colors.size, [a.size for a in arrays])
     for array in arrays:
         index = np.empty(array.size, np.uint16)
         for here, part in zip(_parts(index), _parts(array.reshape(-1)), strict=True):
@@ -188,7 +190,7 @@ def _decode_palette(data: memoryview, kind: np.dtype[Any], shapes: Sequence[Sequ
         raise ValueError("impossible palette")
     colors = decode(data[:length], kind.name, (count,))
     sizes = [math.prod(shape) for shape in shapes]
-    stream, histograms, found = Decoder(data[length:]), _palette(near, count, sum(sizes)), []
+    stream, histograms, found = Decoder(data[length:]), _palette(near, count, sizes), []
     for size, shape in zip(sizes, shapes, strict=True):
         index = np.empty(size, np.uint16)
         stream.take(index, 0, shape, histograms)

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .bulk import large
+from .histograms import Histograms
 from .numbers import mean_code, mean_of, pack_bits, pack_numbers, unpack_bits, unpack_numbers
-from .symbols import Decoder, Encoder, Histograms
+from .symbols import Decoder, Encoder
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -43,7 +45,7 @@ def _encode(arrays: Sequence[Array], leading: int) -> list[bytes]:
         np.subtract(each, low - 2, out=each, where=each > 1)
     values, size = _values(low, span, leading), sum(w.size for w in words)
     mean = mean_code(sum(int(values[part].sum()) for s in symbols for part in _parts(s)) / max(size, 1))
-    stream, histograms = Encoder(), Histograms(values, mean_of(mean), size)
+    stream, histograms = Encoder(), Histograms(values, mean_of(mean), size, bulk=large([w.size for w in words]))
     forms = np.array([_form(w, mantissa - leading) for w in words])
     stream.add(forms, 0, forms.shape, _forms())
     for array, each in zip(arrays, symbols, strict=True):
@@ -60,7 +62,7 @@ def decode(data: memoryview, dtype: np.dtype[Any], shapes: Sequence[Sequence[int
     if not (0 <= leading <= _LEADING and 0 <= mean < 256 and 0 <= low <= _MOST and 0 <= span < _MOST and 0 <= length <= len(data)):
         raise ValueError("impossible parameters of floats")
     sizes = [math.prod(shape) for shape in shapes]
-    stream, histograms = Decoder(data[:length]), Histograms(_values(low, span, leading), mean_of(mean), sum(sizes))
+    stream, histograms = Decoder(data[:length]), Histograms(_values(low, span, leading), mean_of(mean), sum(sizes), bulk=large(sizes))
     forms = np.empty(len(shapes), np.int64)
     stream.take(forms, 0, forms.shape, _forms())
     symbols = [np.empty(size, np.uint16) for size in sizes]

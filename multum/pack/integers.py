@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .bulk import kernel, large
+from .histograms import Histograms
 from .numbers import mean_code, mean_of, pack_numbers, unpack_numbers
-from .symbols import Decoder, Encoder, Histograms
+from .symbols import Decoder, Encoder
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
-_DIRECT = 64  # levels that are symbols themselves
+_DIRECT, _MOST = 64, 256  # levels that are symbols themselves; and where there are many symbols to learn from
 _SUB = 3  # leading bits of a bucket behind the first one
 _CHUNK = 1 << 16
 _SEVERAL, _SPARSE = 1 << 19, 0.6  # symbols, fewer are tried with and without decisions for zero; share of zeros that makes them worth it
+_BULK, _LOSS = 2, 1.005  # added to the number of means; so much larger may be what is faster
 _LIMIT = 1 << 31  # magnitudes that can be coded
 _BUCKETS = 31 - _SUB + 1 << _SUB  # in which they fall
 
@@ -39,7 +42,7 @@ def _lowest(bucket: Ints) -> tuple[Ints, Ints]:
 def direct(arrays: Sequence[Array]) -> bool:
     """Whether the arrays have so few levels that each is a symbol."""
     low, high = _range(arrays)
-    return high - low < _DIRECT
+    return high - low < (_MOST if large([a.size for a in arrays]) else _DIRECT)
 
 
 def _range(arrays: Sequence[Array]) -> tuple[int, int]:
@@ -58,15 +61,25 @@ def encode(arrays: Sequence[Array]) -> list[bytes] | None:
         zeros += part.size - int(np.count_nonzero(part))
     # Magnitudes as symbols.py sees them.
     means = mean_code(total / size), mean_code(total / max(size - zeros, 1))
-    few = high - low < _DIRECT
+    sparse = zeros > _SPARSE * size and low <= 0 <= high and high - low > 1
+    split = [False] if not low <= 0 <= high or high - low < 2 else [False, True] if size < _SEVERAL else [sparse]
+    fast = _encode(arrays, means[: 1 + sparse], True) if large([a.size for a in arrays]) else None
+    if fast and size >= _SEVERAL and not kernel(arrays[0].shape):
+        return fast
+    best = min((_encode(arrays, means if s else means[:1], False) for s in split), key=_size)
+    return fast if fast and _size(fast) < _LOSS * _size(best) else best
+
+
+def _size(parts: list[bytes]) -> int:
+    return sum(map(len, parts))
+
+
+def _encode(arrays: Sequence[Array], means: Sequence[int], fast: bool) -> list[bytes]:
+    low, high = _range(arrays)
+    few = high - low < (_MOST if fast else _DIRECT)
     if not few:
         low, high = (int(buckets(np.array([v]))[0][0]) for v in (low, high))
-    split = [False] if not low <= 0 <= high or high - low < 2 else [False, True] if size < _SEVERAL else [zeros > _SPARSE * size]
-    return min((_encode(arrays, low, high, few, means if s else means[:1]) for s in split), key=lambda parts: sum(map(len, parts)))
-
-
-def _encode(arrays: Sequence[Array], low: int, high: int, few: bool, means: Sequence[int]) -> list[bytes]:
-    stream, histograms = Encoder(), _histograms(low, high, few, means, sum(a.size for a in arrays))
+    stream, histograms = Encoder(), _histograms(low, high, few, means, sum(a.size for a in arrays), fast)
     for array in arrays:
         flat = array.reshape(-1)
         stream.add(flat if few else _bucketed(flat), low, array.shape, histograms)
@@ -74,22 +87,24 @@ def _encode(arrays: Sequence[Array], low: int, high: int, few: bool, means: Sequ
         for array in arrays:
             for part in _parts(array.reshape(-1)):
                 _add_open_bits(stream, part.astype(np.int64))
-    # The head: the lowest level or bucket, how many more, how many means and whether they are levels, the mean magnitudes.
-    return [pack_numbers(low, high - low, 2 * len(means) + few, *means), stream.data()]
+    # The head: the lowest level or bucket, how many more, what codes them and whether they are levels, the mean magnitudes.
+    return [pack_numbers(low, high - low, 2 * (len(means) + _BULK * fast) + few, *means), stream.data()]
 
 
 def decode(data: memoryview, dtype: np.dtype[Any], shapes: Sequence[Sequence[int]]) -> list[Array]:
     (low, span, kind), data = unpack_numbers(data, 3)
     number, few = divmod(kind, 2)
+    fast = number > _BULK
+    number -= _BULK * fast
     means, data = unpack_numbers(data, number) if number in (1, 2) else ([-1], data)
-    if not (0 <= span < _DIRECT and abs(low) < _LIMIT if few else -_BUCKETS < low <= low + span < _BUCKETS) or not all(
+    if not (0 <= span < (_MOST if fast else _DIRECT) and abs(low) < _LIMIT if few else -_BUCKETS < low <= low + span < _BUCKETS) or not all(
         0 <= mean < 256 for mean in means
     ):
         raise ValueError("impossible parameters of integers")
     if number == 2 and not (low <= 0 <= low + span and span >= 2):
         raise ValueError("no zero among the integers")
     sizes = [math.prod(shape) for shape in shapes]
-    histograms = _histograms(low, low + span, bool(few), means, sum(sizes))
+    histograms = _histograms(low, low + span, bool(few), means, sum(sizes), fast)
     stream, found = Decoder(data), []
     for size, shape in zip(sizes, shapes, strict=True):
         found.append(np.empty(size, dtype if few else np.int16))
@@ -102,10 +117,10 @@ def decode(data: memoryview, dtype: np.dtype[Any], shapes: Sequence[Sequence[int
     return [flat.reshape(shape) for flat, shape in zip(found, shapes, strict=True)]
 
 
-def _histograms(low: int, high: int, few: bool, means: Sequence[int], size: int) -> Histograms:
+def _histograms(low: int, high: int, few: bool, means: Sequence[int], size: int, fast: bool) -> Histograms:
     values = np.arange(low, high + 1, dtype=np.int64)
     mean, nonzero = mean_of(means[0]), mean_of(means[1]) if len(means) > 1 else None
-    return Histograms(values if few else _lowest(values)[0], mean, size, nonzero)
+    return Histograms(values if few else _lowest(values)[0], mean, size, nonzero, fast)
 
 
 def _parts(flat: Array) -> Iterator[Array]:

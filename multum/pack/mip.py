@@ -35,7 +35,7 @@ from ..errors import FileError
 from . import coder
 from .whole import whole
 
-MAGIC, MAJOR, MINOR = b"\x89MIP\r\n\x1a\n", 3, 0
+MAGIC, MAJOR, MINOR = b"\x89MIP\r\n\x1a\n", 4, 0
 _HEAD, _FOOT = struct.Struct("<8sBB"), struct.Struct("<III")
 _NAME = re.compile(r"[^\x00-\x1f\x7f\\]{1,512}")
 _HEADER_LIMIT = 1 << 28  # bytes of the plain header

@@ -13,112 +13,20 @@ a channel were pruned says little of how large the others are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from . import places
+from . import bulk, places
+from .histograms import ZERO, Exchange, Histograms
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-# Codes symbols, or as many as asked for when there are none yet, with a model; returns them.
-Exchange = Callable[[NDArray[np.int32] | None, int, Any], NDArray[np.int32]]
 
-_LOWEST = 6  # octaves below 1 that are told apart
-_UNIT, _FINE = 64, 1024  # weight of one seen symbol, and fractions of one in a prior
-_MANY = 1 << 19  # symbols in a stream that can fill finer classes of magnitude
 _TRUST, _TRUST_NEAR = 16, 1  # symbols that a prediction outweighs: of a channel, of neighbours
-_PRIOR, _SHAPE, _OTHERS = 60, 20, 4  # symbols that a prior is worth; of them, and of a neighbour's symbols, in the prior itself
-_BELL = 2.0  # width of the bell curve, times the predicted magnitude
-_ZERO = 8  # what a decision that is not for zero counts in the prediction
-
-
-class _Table:
-    """Counts of symbols by context [contexts, K], shared by the tensors of a stream; `values` [K] are what the symbols stand for."""
-
-    def __init__(self, values: Ints, leans: Sequence[float], fine: bool):
-        # A model of a single symbol does not exist: a second one is never used.
-        self.values = values = np.append(values, values + 1) if values.size == 1 else values
-        self.steps, self.leans = 2 if fine else 1, leans
-        self.ways = 2 * len(leans) + 2  # a sign and how clear it is, or neither because no neighbour is known
-        self.classes = (_LOWEST + int(np.abs(values).max()).bit_length() + 1) << self.steps
-        # A class more at either end, so that each has neighbours.
-        self.counts = np.zeros(((self.classes + 2) * self.ways, values.size), np.int64)
-        self.own = np.zeros_like(self.counts)
-        part = 1 << self.steps
-        widths = np.array([math.ldexp(1 + i % part / part, i // part - _LOWEST) for i in range(-1, self.classes + 1)])
-        ratio = values / (_BELL * widths[:, None])
-        bell = 1 / ((1 + ratio * ratio) * (1 + ratio * ratio))
-        self._bell = np.floor(bell * (_SHAPE * _FINE / np.cumsum(bell, 1)[:, -1:])).astype(np.int64)
-
-    def transfer(self, exchange: Exchange, expected: Floats, lean: Floats | None, symbols: Ints | None) -> Ints:
-        """Moves symbols of the given predictions through the coder, and learns them."""
-        contexts = self._classify(expected, lean)
-        order = np.argsort(contexts, kind="stable")
-        sizes = np.bincount(contexts)
-        present = np.flatnonzero(sizes)
-        found, start = np.empty(order.size, np.int64), 0
-        for context, size, weights in zip(present, sizes[present], self._weights(present), strict=True):
-            at = order[start : start + size]
-            model = constriction.stream.model.Categorical(weights, perfect=False)
-            part = exchange(None if symbols is None else symbols[at].astype(np.int32), int(size), model)
-            self.own[context] += np.bincount(part, minlength=self.values.size)
-            found[at] = part
-            start += size
-        return found
-
-    def _classify(self, expected: Floats, lean: Floats | None) -> NDArray[np.int16]:
-        """The context of each symbol, from its predicted magnitude and a signed one."""
-        # The bits of a positive double, read as an integer, are a piecewise linear logarithm.
-        lowest = (1023 - _LOWEST) << self.steps
-        context = (expected.view(np.int64) >> (52 - self.steps)).astype(np.int16)
-        np.clip(context, lowest, lowest + self.classes - 1, out=context)
-        context -= lowest - 1
-        context *= self.ways
-        if lean is not None:
-            context += len(self.leans) + 1
-            for limit in self.leans:
-                bound = limit * expected
-                context += lean > bound
-                context -= lean < -bound
-        return context
-
-    def _weights(self, contexts: Ints) -> Floats:
-        """Weights [contexts, K] of the symbols: seen in this tensor, and a prior from neighbours, other tensors and a bell curve."""
-        near = _OTHERS * self.counts[contexts]
-        for other in (contexts - self.ways, contexts + self.ways):
-            near += self.own[other] + self.counts[other]
-        base = near * _FINE + self._bell[contexts // self.ways]
-        prior = np.floor(base * (_PRIOR * _UNIT / base.sum(1, keepdims=True)))
-        return np.asarray(self.own[contexts] * _UNIT + prior + 1, np.float64)
-
-
-class Histograms:
-    """What is learned from the symbols of a stream.
-
-    ``values`` [K] are what the symbols stand for, ``mean`` is their mean magnitude, ``size`` is the number of symbols to come.
-    ``nonzero``, the mean magnitude of those that are not zero, makes two decisions of each symbol.
-    """
-
-    def __init__(self, values: Ints, mean: float, size: int, nonzero: float | None = None):
-        self.values, self.mean, self.nonzero = values, mean, nonzero
-        signed, fine = bool(values.min() < 0 < values.max()), size >= _MANY
-        self.zero = int(np.flatnonzero(values == 0)[0]) if nonzero is not None else -1
-        self.table = _Table(np.delete(values, self.zero) if nonzero is not None else values, (0.5, 2.0) if signed else (), fine)
-        self.flags = _Table(np.array([0, _ZERO]), (0.5, 1.0) if signed else (), fine) if nonzero is not None else None
-        self.magnitudes = np.abs(values if values.size > 1 else np.append(values, values + 1))
-
-    def close(self, mean: float, nonzero: float) -> None:
-        """Ends a tensor: what was learned from it helps with the next."""
-        self.mean = max(mean, 2.0**-_LOWEST)
-        self.nonzero = None if self.flags is None else max(nonzero, 1.0)
-        for table in (self.table, self.flags):
-            if table is not None:
-                table.counts += table.own
-                table.own[:] = 0
 
 
 class _Known:
@@ -208,7 +116,7 @@ class _Tensor:
         histograms, zero = self.histograms, self.histograms.zero
         assert histograms.flags is not None
         flags = None if given is None else (given != zero).astype(np.int64)
-        flags = histograms.flags.transfer(self.exchange, expected * _ZERO, None if lean is None else np.abs(lean) * _ZERO, flags)
+        flags = histograms.flags.transfer(self.exchange, expected * ZERO, None if lean is None else np.abs(lean) * ZERO, flags)
         chosen = np.flatnonzero(flags)
         found = np.full(column.size, zero)
         if chosen.size:
@@ -256,7 +164,9 @@ class Encoder:
             self._coder.encode(symbols, model)
             return symbols
 
-        if symbols.size:
+        if symbols.size and histograms.bulk:
+            bulk.transfer(symbols, low, shape, histograms, encode, True)
+        elif symbols.size:
             _Tensor(symbols, low, shape, histograms, encode).transfer(True)
 
     def add_bits(self, values: NDArray[Any], bits: int) -> None:
@@ -283,7 +193,9 @@ class Decoder:
             found: NDArray[np.int32] = self._coder.decode(model, count)
             return found
 
-        if into.size:
+        if into.size and histograms.bulk:
+            bulk.transfer(into, low, shape, histograms, decode, False)
+        elif into.size:
             _Tensor(into, low, shape, histograms, decode).transfer(False)
 
     def take_bits(self, count: int, bits: int) -> NDArray[np.int32]:

@@ -177,7 +177,7 @@ def test_a_frame_of_another_size_is_refused(size):
 
 
 def test_the_format_stays_as_it_is():
-    """Files of earlier versions must stay readable: these bytes were written by version 3.0."""
+    """Files of earlier versions must stay readable: these bytes were written by version 4.0."""
     array = np.array([[0, 1, -1, 0, 3], [0, 0, -2, 1, 0]], np.int8)
     assert coder.decode(GOLDEN_INTEGERS, "int8", (2, 5)).tolist() == array.tolist()
     kernels = np.zeros((4, 3, 3, 3), np.int8)
