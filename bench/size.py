@@ -20,16 +20,16 @@ OUT = ROOT / "out" / "bench" / "size"
 LINES = OUT / "rows.jsonl"
 
 
-def coded(bits: float, epochs: float, start: float = 1.3, learning_rate: float | None = None) -> list[multum.Step]:
+def coded(bits: float, epochs: float, learning_rate: float, start: float = 1.3) -> list[multum.Step]:
     """Onto a grid at `start` bits, and down to `bits` while it learns."""
     learn = multum.distill.Logits(bits=bits, epochs=epochs, learning_rate=learning_rate, patience=0)
     return [multum.quantize.RateDistortion(bits=start, rounding="nearest"), learn, multum.quantize.Half()]
 
 
 RECIPES = {
-    "lenet": lambda: coded(0.2, 20, learning_rate=1e-3),
-    "vgg": lambda: coded(0.4, 4),
-    "resnet20": lambda: coded(0.62, 6),
+    "lenet": {"bits": 0.1, "epochs": 6.0, "learning_rate": 2e-3},
+    "vgg": {"bits": 0.4, "epochs": 4.0, "learning_rate": 2e-3},
+    "resnet20": {"bits": 0.64, "epochs": 2.0, "learning_rate": 2e-3},
 }
 
 
@@ -54,14 +54,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="+", choices=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--bits", type=float, help="entropy to end at, in place of the recipe's")
-    parser.add_argument("--epochs", type=float, help="passes, in place of the recipe's")
+    for option in ("bits", "epochs", "learning_rate"):
+        parser.add_argument(f"--{option}", type=float, help="in place of the recipe's")
     given = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
     for name in given.names:
         for seed in given.seeds:
-            row = measure(name, seed, RECIPES[name]())
+            chosen = {key: value if getattr(given, key) is None else getattr(given, key) for key, value in RECIPES[name].items()}
+            row = measure(name, seed, coded(**chosen))
             print(json.dumps(row), flush=True)
             with LINES.open("a") as file:
                 file.write(json.dumps(row) + "\n")
