@@ -51,6 +51,10 @@ class Cut(Step):
     floor: float = option(0.1, "least share of each group that is kept")
     include: str | tuple[str, ...] = option("*", "layers that may be cut, as glob patterns")
     exclude: str | tuple[str, ...] = option((), "layers that may not")
+    threshold: float | None = option(
+        None,
+        "channels that score lower than so many times the mean of their group go, those that score higher stay; takes the place of ratio",
+    )
     parameters: float | None = option(None, "share of the parameters to keep; takes the place of ratio")
     macs: float | None = option(None, "share of the multiply-accumulates to keep; takes the place of ratio")
     latency: float | None = option(None, "share to keep of the layers' times, measured on this machine; takes the place of ratio")
@@ -71,11 +75,11 @@ class Cut(Step):
         scores = self.scores(graph, groups, chosen, task)
 
         def keep(ratio: float) -> dict[str, list[int]]:
-            wanted = _wanted(chosen, scores, ratio, allocation == "global")
+            wanted = _wanted(chosen, scores, ratio, allocation == "global") if self.threshold is None else _above(scores, self.threshold)
             widths = {group.name: self._width(group, wanted[group.name], groups, multiple) for group in chosen}
             return _keep(groups, chosen, scores, wanted, widths)
 
-        if allocation in ("uniform", "global"):
+        if allocation in ("uniform", "global") or self.threshold is not None:
             kept = keep(self._ratio(budgets, keep))
         else:
             if not budgets:  # what the share leaves when it is the same everywhere
@@ -115,6 +119,10 @@ class Cut(Step):
             raise StepError(f"The allocation is {self.allocation!r}.", ", ".join(ALLOCATIONS))
         if not 0 < self.ratio < 1:
             raise StepError(f"The share of channels to cut is {self.ratio}.", "a ratio between 0 and 1, such as 0.5")
+        if self.threshold is not None and not 0 < self.threshold < math.inf:
+            raise StepError(f"The threshold is {self.threshold}.", "a number above 0: so many times the mean of a group, such as 0.5")
+        if self.threshold is not None and any(getattr(self, name) is not None for name in TERMS):
+            raise StepError("A threshold is given, and a budget.", "one of the two")
         if self.multiple < 0:
             raise StepError(f"Widths cannot be multiples of {self.multiple}.", "a multiple of at least 1, such as 8, or 0")
         if self.samples < 1:
@@ -213,6 +221,11 @@ def _wanted(chosen: list[Group], scores: dict[str, Tensor], ratio: float, pooled
     ordered = torch.cat([scores[group.name] for group in chosen]).sort().values
     threshold = ordered[min(int(ratio * len(ordered)), len(ordered) - 1)]
     return {group.name: float((scores[group.name] >= threshold).sum()) for group in chosen}
+
+
+def _above(scores: dict[str, Tensor], threshold: float) -> dict[str, float]:
+    """How many channels of each group score at least so many times the group's mean."""
+    return {name: float((own >= threshold * own.mean()).sum()) for name, own in scores.items()}
 
 
 def _keep(

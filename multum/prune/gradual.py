@@ -29,7 +29,8 @@ _UPDATES = 100  # of the zeros on the way from begin to end, when it is not said
 
 @dataclass(frozen=True)
 class Gradual(Step):
-    """Sets more and more weights to zero during a training toward the original, by a schedule (Zhu & Gupta 2017, section 3).
+    """Sets more and more weights to zero during a training toward the original, by a schedule (automated gradual
+    pruning; Zhu & Gupta 2017, section 3).
 
     A weight that became zero may come back: by its score when the criterion is `movement`, which is the sum of the steps that the
     training makes, or would make, away from zero (Sanh, Wolf & Rush 2020, section 3), and for its gradient with `regrow`

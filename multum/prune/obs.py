@@ -15,6 +15,7 @@ from torch import Tensor
 
 _DAMP = 0.01  # of the mean of the gram's diagonal, added to it
 _ITERATIONS, _TOLERANCE = 100, 1e-4  # of conjugate gradients; of the gradient, as a part of what it was
+_HASTE = 10  # iterations between two choices of what goes, where only the order of the scores matters
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ class Choice:
 def obs(weight: Tensor, gram: Tensor, pull: Tensor, choice: Choice, rounds: int = 8) -> Tensor:
     """In rounds, the cheapest by w^2 / [H^-1]_qq go, the others make good (Hassibi & Stork 1993, section 2; by layer: Dong et al. 2017)."""
     diagonal = inverse(gram).diagonal(dim1=1, dim2=2)[:, None]
-    result = weight
+    rough, result = (_damped(gram).float(), pull.float()), weight.float()
     for done in range(1, rounds + 1):
         zero = choice.choose(result.double().square() / diagonal, slice(0, weight.shape[2]), done / rounds)
-        result = restored(weight, gram, zero, pull)
-    return result
+        if done < rounds:
+            result = _descended(weight.float(), *rough, zero, result, _HASTE)
+    return restored(weight, gram, zero, pull, result)
 
 
 def sparsegpt(weight: Tensor, gram: Tensor, pull: Tensor, choice: Choice, block: int = 128) -> Tensor:
@@ -58,27 +60,45 @@ def sparsegpt(weight: Tensor, gram: Tensor, pull: Tensor, choice: Choice, block:
 SURGEONS: dict[str, Callable[[Tensor, Tensor, Tensor, Choice], Tensor]] = {"obs": obs, "sparsegpt": sparsegpt}
 
 
-def restored(weight: Tensor, gram: Tensor, zero: Tensor, pull: Tensor) -> Tensor:
-    """Zeros where `zero` is True; the other weights as they lose least, the optimum for this mask.
+def restored(weight: Tensor, gram: Tensor, zero: Tensor, pull: Tensor, start: Tensor | None = None) -> Tensor:
+    """Zeros where `zero` is True; the other weights as they lose least, the optimum for this mask, sought from `start` on.
 
-    Conjugate gradients for all rows at once, preconditioned by the diagonal; the damping draws toward the weights as they were.
+    The damping draws toward the weights as they were.
     """
-    gram, old, kept = _damped(gram), weight.double(), ~zero
-    new, diagonal = old * kept, gram.diagonal(dim1=1, dim2=2)[:, None]
-    lost = (old - new) @ gram + pull
-    residual = lost * kept
-    direction = residual / diagonal
-    power = (residual * direction).sum(2, keepdim=True)
-    enough = _TOLERANCE**2 * power
-    for _ in range(_ITERATIONS):
+    begin = weight.double() if start is None else start.double()
+    return _descended(weight.double(), _damped(gram), pull, zero, begin, _ITERATIONS).to(weight.dtype)
+
+
+def _descended(old: Tensor, gram: Tensor, pull: Tensor, zero: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """Conjugate gradients for all rows at once, preconditioned by the diagonal."""
+    kept, diagonal = ~zero, gram.diagonal(dim1=1, dim2=2)[:, None]
+    enough = _TOLERANCE**2 * _power(((old * zero) @ gram + pull) * kept, diagonal)
+    new = start * kept
+    residual = ((old - new) @ gram + pull) * kept
+    direction, power = residual / diagonal, _power(residual, diagonal)
+    for _ in range(iterations):
         if (power <= enough).all():
             break
         pushed = (direction @ gram) * kept
-        step = power / (direction * pushed).sum(2, keepdim=True).clamp_min(1e-300)
+        step = power / (direction * pushed).sum(2, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
         new, residual = new + step * direction, residual - step * pushed
-        before, power = power, (residual * residual / diagonal).sum(2, keepdim=True)
-        direction = residual / diagonal + power / before.clamp_min(1e-300) * direction
-    return new.to(weight.dtype)
+        before, power = power, _power(residual, diagonal)
+        direction = residual / diagonal + power / before.clamp_min(torch.finfo(power.dtype).tiny) * direction
+    return new
+
+
+def _power(residual: Tensor, diagonal: Tensor) -> Tensor:
+    return (residual.square() / diagonal).sum(2, keepdim=True)
+
+
+def shrunk(gram: Tensor, pull: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sums over `count` columns, drawn the nearer to a diagonal gram and to no pull the fewer columns there are for so many inputs.
+
+    A gram of fewer columns than inputs says that most directions cost nothing: on other data they do. A linear classifier behind pooled
+    images has a column for each image (cf. Ledoit & Wolf 2004, section 2; with a fixed weight, inputs over inputs plus columns).
+    """
+    share = gram.shape[1] / (gram.shape[1] + count)
+    return (1 - share) * gram + share * torch.diag_embed(gram.diagonal(dim1=1, dim2=2)), (1 - share) * pull
 
 
 def inverse(gram: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..graph.model import aten, read
 from ..graph.sweep import Sweep, live_bytes
 from ..task import Task, batch_size, calibration, rows
 from .deviation import Deviation
-from .obs import restored
+from .obs import restored, shrunk
 
 MEMORY = 1 << 31  # bytes of results that are held at once; less samples are taken where they do not fit
 
@@ -26,7 +26,7 @@ MEMORY = 1 << 31  # bytes of results that are held at once; less samples are tak
 class Errors:
     """What a layer reads and by how much its outputs are off, in sums over `count` columns.
 
-    `gram` is X X^T [groups, height, height], `pull` is E X^T [groups, outputs, height] with the missing outputs E; both about
+    `gram` is X X^T [groups, height, height], `pull` is E X^T [groups, outputs, height] with the missing outputs E; both `shrunk`, and about
     the means [groups, height] and [groups, outputs] where the layer can take up a shift.
     """
 
@@ -158,7 +158,7 @@ def _sums(of: tuple[Layer, torch.Size], values: list[Tensor], missing: list[Tens
     if shifts:
         gram = gram - count * inputs[:, :, None] * inputs[:, None]
         pull = pull - count * outputs[:, :, None] * inputs[:, None]
-    return Errors(gram, pull, inputs, outputs)
+    return Errors(*shrunk(gram, pull, count), inputs, outputs)
 
 
 def _restate(graph: Graph, node: fx.Node, values: list[Tensor], wanted: list[Tensor]) -> None:

@@ -78,6 +78,21 @@ def test_widths_are_multiples_that_are_no_coarser_than_a_quarter_of_the_group(
     assert tuple(widths(plan(task, ratio=ratio, multiple=multiple)).values()) == expected
 
 
+def test_a_threshold_cuts_in_each_group_what_scores_below_it(task: Task) -> None:
+    """By the norm of the gradient, which here is 2, 4 and 12 with the mean 6, without training."""
+    model = nn.Sequential(nn.Linear(1, 3, bias=False), nn.Linear(3, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(0)
+        model[1].weight.copy_(torch.tensor([[1.0, 2.0, 6.0]]))
+    one = torch.ones(2, 1)
+    data = Task(model, one, train=[(one, one)], loss=nn.functional.mse_loss)
+    for threshold, left in ((0.3, [0, 1, 2]), (0.5, [1, 2]), (0.9, [2]), (9.0, [2])):
+        keep = plan(data, criterion="gradient", threshold=threshold, multiple=1).changes.get("0:out", {"keep": [0, 1, 2]})["keep"]
+        assert keep == left
+    with pytest.raises(StepError, match="needs `train`"):
+        compress(task, prune.Channels(criterion="gradient", threshold=0.5))
+
+
 def test_the_floor_is_kept(task: Task) -> None:
     assert widths(plan(task, ratio=0.95, multiple=1, floor=0.3)) == {"stem:out": 10, "wide:out": 20}
     assert widths(plan(task, ratio=0.99, multiple=1, floor=0.0)) == {"stem:out": 1, "wide:out": 1}
@@ -170,6 +185,8 @@ def test_heads_are_cut_or_their_width_never_both(heads: int, depth: int, ratio: 
         ({"floor": 1.0}, "floor from 0"),
         ({"parameters": 10.0}, "parameters between 0 and 1"),
         ({"macs": 0.0}, "macs between 0 and 1"),
+        ({"threshold": 0.0}, "a number above 0"),
+        ({"threshold": 0.5, "macs": 0.5}, "one of the two"),
         ({"include": "stm"}, "'stem'"),
         ({"exclude": ("haed",)}, "'head'"),
     ],

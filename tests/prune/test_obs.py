@@ -1,12 +1,13 @@
 """The surgeon's arithmetic against the optimum found by least squares."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from multum.prune import obs
-from multum.prune.obs import Choice, restored, sparsegpt
+from multum.prune.obs import Choice, restored, shrunk, sparsegpt
 from multum.prune.weights import lowest
 
 
@@ -56,6 +57,25 @@ def test_one_round_of_obs_by_hand() -> None:
     pull = torch.zeros(1, 1, 2)
     for surgeon in obs.SURGEONS.values():
         torch.testing.assert_close(surgeon(weight, gram, pull, lowest(1, 2)), torch.tensor([[[0.0, 2.5]]]), rtol=0.01, atol=0.01)
+
+
+def test_few_columns_are_believed_in_part() -> None:
+    """One column for three inputs: a quarter of the gram stays beside the diagonal, which stays whole."""
+    gram, pull = shrunk(torch.full((1, 3, 3), 4.0), torch.full((1, 2, 3), 8.0), 1)
+    torch.testing.assert_close(gram, torch.full((1, 3, 3), 1.0) + 3 * torch.eye(3))
+    torch.testing.assert_close(pull, torch.full((1, 2, 3), 2.0))
+
+
+@pytest.mark.parametrize("surgeon", obs.SURGEONS)
+def test_a_gram_of_few_columns_loses_less_on_others_when_it_is_shrunk(surgeon: str) -> None:
+    torch.manual_seed(0)
+    mixing, weight = torch.randn(64, 64) / 8, torch.randn(1, 10, 64)
+    seen, others = (torch.relu(mixing @ torch.randn(64, count)).double() for count in (24, 2000))
+    gram, pull, lost = (seen @ seen.T)[None], torch.zeros(1, 10, 64), []
+    for sums in ((gram, pull), shrunk(gram, pull, 24)):
+        new = obs.SURGEONS[surgeon](weight, *sums, lowest(320, 640)).double()
+        lost.append(loss(weight.double(), new, others[None], torch.zeros(1, 10, 2000)))
+    assert lost[1] < 0.8 * lost[0]
 
 
 def test_sparsegpt_asks_for_whole_units_of_columns() -> None:
