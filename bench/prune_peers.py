@@ -1,6 +1,7 @@
 """Channels pruned here and by Torch-Pruning, with the same fine-tuning: `python bench/prune_peers.py multum magnitude taylor`.
 
-The network, the data, the loop, the passes and the seeds are the same; only what is cut differs. Torch-Pruning 1.6.1 must be installed:
+The network, the data, the loop, the passes and the seeds are the same; only what is cut differs. `--recipe near` is AdamW at 1e-3 on images
+that are turned and moved; `away` is SGD at 0.05, away from the old minimum, on images moved by a pixel. Torch-Pruning 1.6.1 must be installed:
 python -m pip install torch-pruning==1.6.1. Of its pruning layer by layer and over the whole network the one is taken that scores better
 on validation data after a pass, for the first seed. Appends a line for each run to out/bench/prune_peers.jsonl; `table` alone prints
 what is there.
@@ -13,20 +14,21 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import multum
 from multum.analyze.statistics import compare
 from multum.graph import Graph, capture
 from multum.graph.axes import axes
 from multum.prune import Channels, counts
-from multum.train import Training, recover
+from multum.train import Companion, Training, recover
 
 ROOT = Path(__file__).parents[1]
 LINES = ROOT / "out/bench/prune_peers.jsonl"
@@ -99,7 +101,40 @@ def macs(graph: Graph) -> int:
 METHODS = {"multum": ours, "magnitude": theirs("magnitude"), "taylor": theirs("taylor")}
 
 
-def measure(method: str, share: float, seed: int, epochs: float) -> dict[str, object]:
+class Still:
+    """The training images of a task as they are, in a new order in every pass."""
+
+    def __init__(self, data: Any, seed: int):
+        self.data, self.random = data, torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in torch.randperm(len(self.data.images), generator=self.random).split(self.data.size)[: len(self)]:
+            yield self.data.images[rows], self.data.labels[rows]
+
+
+class Shift(Companion):
+    """The network sees each batch moved by up to a pixel, while the original sees it as it is: it answers for each image once."""
+
+    key = "shift"
+
+    def view(self, inputs: Tensor) -> Tensor:
+        padded = nn.functional.pad(inputs, (1, 1, 1, 1), value=float(inputs.min()))
+        places = torch.randint(0, 3, (2, len(inputs), 1)) + torch.arange(inputs.shape[-1])
+        return padded[torch.arange(len(inputs))[:, None, None], :, places[0][:, :, None], places[1][:, None, :]].permute(0, 3, 1, 2)
+
+
+def fine_tune(graph: Graph, task: multum.Task, recipe: str, epochs: float, workdir: Path) -> None:
+    if recipe == "near":
+        recover(graph, task, Training(epochs=epochs, patience=0), workdir)
+    else:
+        how = Training(epochs=epochs, patience=0, optimizer="sgd", learning_rate=0.05, clip=5.0)
+        recover(graph, replace(task, train=Still(task.train, task.seed)), how, workdir, [Shift()])
+
+
+def measure(method: str, share: float, seed: int, epochs: float, recipe: str) -> dict[str, object]:
     task = replace(multum.load_task(ROOT / "examples/fashion_mnist/task.py"), seed=seed)
     task.train.random.manual_seed(seed)  # the order of the images, and how they are shifted
     torch.manual_seed(seed)
@@ -107,7 +142,8 @@ def measure(method: str, share: float, seed: int, epochs: float) -> dict[str, ob
     graph = METHODS[method](task, share, seed)
     pruned = time.perf_counter() - begin
     before = float(task.score(graph, "test").mean())
-    recover(graph.requires_grad_(True), task, Training(epochs=epochs, patience=0))
+    workdir = LINES.with_suffix("") / f"{method} {share:.3f} {recipe} {epochs:g} {seed}"
+    fine_tune(graph.requires_grad_(True), task, recipe, epochs, workdir)
     lost = compare(task.score(task.original, "test"), task.score(graph, "test"))
     return {
         "method": method,
@@ -116,6 +152,8 @@ def measure(method: str, share: float, seed: int, epochs: float) -> dict[str, ob
         "parameters": counts.parameters(graph, axes(graph), {}),
         "seed": seed,
         "epochs": epochs,
+        "recipe": recipe,
+        "validation": float(task.score(graph, "validation").mean()),
         "untrained": before,
         "test": float(task.score(graph, "test").mean()),
         "drop": lost.points,
@@ -126,17 +164,15 @@ def measure(method: str, share: float, seed: int, epochs: float) -> dict[str, ob
 
 def table() -> None:
     rows = [json.loads(line) for line in LINES.read_text().splitlines()]
-    groups: dict[tuple[float, float, str], list[dict[str, float]]] = {}
+    groups: dict[tuple[float, float, str, str], list[dict[str, float]]] = {}
     for row in rows:
-        groups.setdefault((row["asked"], row["epochs"], row["method"]), []).append(row)
+        groups.setdefault((row["asked"], row["epochs"], row["recipe"], row["method"]), []).append(row)
     print("| method | MACs | parameters | passes | not trained | trained, test | drop, mean of seeds |\n|---|---|---|---|---|---|---|")
-    for (_, epochs, method), found in sorted(groups.items()):
+    for (_, epochs, recipe, method), found in sorted(groups.items()):
         drops = [row["drop"] for row in found]
-        scores = ", ".join(f"{row['test']:.2f}" for row in found)
-        print(
-            f"| {method} | {1 / found[0]['macs']:.2f}x fewer | {found[0]['parameters']:,} | {epochs:g} | {found[0]['untrained']:.2f} "
-            f"| {scores} | {sum(drops) / len(drops):.2f} |"
-        )
+        scores, first = ", ".join(f"{row['test']:.2f}" for row in found), found[0]
+        row = f"| {method} | {1 / first['macs']:.2f}x fewer | {first['parameters']:,} | {epochs:g} {recipe} | {first['untrained']:.2f} "
+        print(f"{row}| {scores} | {sum(drops) / len(drops):.2f} |")
 
 
 def main() -> None:
@@ -145,11 +181,12 @@ def main() -> None:
     parser.add_argument("--macs", type=float, default=1 / 2.57, help="share of the multiply-accumulates to keep")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=4.0)
+    parser.add_argument("--recipe", choices=["near", "away"], default="near")
     given = parser.parse_args()
     LINES.parent.mkdir(parents=True, exist_ok=True)
     for method in given.what:
         for seed in given.seeds if method != "table" else ():
-            row = measure(method, given.macs, seed, given.epochs)
+            row = measure(method, given.macs, seed, given.epochs, given.recipe)
             print(row, flush=True)
             with LINES.open("a") as file:
                 file.write(json.dumps(row) + "\n")

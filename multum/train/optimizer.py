@@ -19,32 +19,35 @@ _LEARNED_QUANTIZERS = (
 )
 
 
+_DECAYS = {"adamw": 0.01, "sgd": 5e-4}
+
+
 @dataclass(frozen=True)
 class Training:
     """How to train. `epochs` may be a fraction of a pass; the rate warms up linearly, then falls to zero as a cosine.
 
     `warmup` is a share of all steps; `clip` bounds the norm of the gradient (0: not at all); `patience` is the number of
     passes without a better validation score after which training stops (0: never); in `memory` MB the teacher's answers are kept for
-    the passes to come.
+    the passes to come. `weight_decay` when not given: 0.01 for adamw, and for sgd, where it acts through the gradient, 5e-4.
     """
 
     epochs: float = 1.0
     learning_rate: float = 1e-3
     optimizer: str = "adamw"
-    weight_decay: float = 0.01
+    weight_decay: float | None = None
     warmup: float = 0.05
     clip: float = 1.0
     patience: int = 5
     memory: float = 256.0
 
     def __post_init__(self) -> None:
-        if self.optimizer not in ("adamw", "sgd"):
+        if self.optimizer not in _DECAYS:
             raise TrainError(f"The optimizer is {self.optimizer!r}.", "'adamw' or 'sgd'")
         for name in ("epochs", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TrainError(f"{name} is {getattr(self, name)!r}.", "a number above zero")
         for name, most in (("weight_decay", math.inf), ("warmup", 1.0), ("clip", math.inf), ("patience", math.inf), ("memory", math.inf)):
-            if not 0 <= getattr(self, name) <= most:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= most:
                 raise TrainError(f"{name} is {getattr(self, name)!r}.", f"a number from 0 to {most}")
 
     def remembered(self) -> float:
@@ -67,7 +70,8 @@ def optimizer(graph: Graph, how: Training, device: torch.device) -> torch.optim.
     """
     decaying = {layer.weight for layer in layers(graph) if layer.kind in ("conv", "linear", "rnn")}
     learned = {id(scale) for scale in scales(graph)} if how.optimizer == "adamw" else set()
-    rows: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay} for weight_decay in (0.0, how.weight_decay)]
+    decay = _DECAYS[how.optimizer] if how.weight_decay is None else how.weight_decay
+    rows: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay} for weight_decay in (0.0, decay)]
     for name, parameter in graph.tensors.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -12,6 +12,7 @@ from multum.graph import Graph, capture
 from multum.graph.model import aten
 from multum.task import Task
 from multum.train import Training, arrange, fit, lay_out
+from multum.train.optimizer import optimizer as of_parameters
 
 torch.set_num_threads(1)
 
@@ -288,3 +289,12 @@ def test_nested_inputs_are_arranged() -> None:
     assert arranged["a"][1] is None
     assert isinstance(arranged["a"], tuple)
     assert arranged["b"][1] == 7
+
+
+def test_sgd_decays_weights_less_than_adamw_does_since_its_decay_is_a_gradient() -> None:
+    graph = capture(nn.Linear(2, 1), torch.zeros(2, 2)).requires_grad_(True)
+    for name, decay in (("adamw", 0.01), ("sgd", 5e-4)):
+        rows = of_parameters(graph, Training(optimizer=name), torch.device("cpu")).param_groups
+        assert [row["weight_decay"] for row in rows] == [0.0, decay]
+    given = of_parameters(graph, Training(optimizer="sgd", weight_decay=0.0), torch.device("cpu"))
+    assert [row["weight_decay"] for row in given.param_groups] == [0.0, 0.0]
