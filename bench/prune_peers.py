@@ -1,10 +1,10 @@
 """Channels pruned here and by Torch-Pruning, with the same fine-tuning: `python bench/prune_peers.py multum magnitude taylor`.
 
 The network, the data, the loop, the passes and the seeds are the same; only what is cut differs. `--recipe near` is AdamW at 1e-3 on images
-that are turned and moved; `away` is SGD at 0.05, away from the old minimum, on images moved by a pixel. Torch-Pruning 1.6.1 must be installed:
-python -m pip install torch-pruning==1.6.1. Of its pruning layer by layer and over the whole network the one is taken that scores better
-on validation data after a pass, for the first seed. Appends a line for each run to out/bench/prune_peers.jsonl; `table` alone prints
-what is there.
+that are turned and moved; `away` is SGD at 0.05, away from the old minimum, on images moved by a pixel. Torch-Pruning 1.6.1 must be
+installed: python -m pip install torch-pruning==1.6.1. Of its pruning layer by layer and over the whole network the one is taken that
+scores better on validation data after a pass, for the first seed. Appends a line for each run to out/bench/prune_peers.jsonl; a run that
+was stopped goes on where it was. `table` alone prints what is there.
 """
 
 from __future__ import annotations
