@@ -1,7 +1,7 @@
-"""Pruning in one shot, without training: `python bench/prune_oneshot.py [fashion] [photos]`, after `make models`.
+"""Pruning in one shot, without training: `python bench/prune_oneshot.py [fashion] [photos] [2]`, after `make models`.
 
 Half of the weights, and a fifth of the channels, with the default options: at most 512 calibration samples, at most a minute. Scores are of
-the graph in PyTorch; the size is that of the .mip file against the fp32 ONNX file.
+the graph in PyTorch; the size is that of the .mip file against the fp32 ONNX file. A number stands for so many of the steps.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ STEPS = (Weights(ratio=0.5), Channels(ratio=0.2), Channels(ratio=0.2, multiple=1
 RANDOM = Weights(ratio=0.9, criterion="random", recover=False)
 
 
-def fashion() -> None:
-    measure(multum.load_task(ROOT / "examples/fashion_mnist/task.py"))
+def fashion(count: int) -> None:
+    measure(multum.load_task(ROOT / "examples/fashion_mnist/task.py"), count)
 
 
-def photos() -> None:
+def photos(count: int) -> None:
     sys.path.insert(0, str(ROOT / "examples/imagenet_photos"))
     from task import agreement_data, task
 
-    measure(task(), agreement_data())
+    measure(task(), count, agreement_data())
 
 
-def measure(task: multum.Task, photos: multum.task.Batches | None = None) -> None:
+def measure(task: multum.Task, count: int, photos: multum.task.Batches | None = None) -> None:
     before, kept = score(task, task.original), [(data, outputs(task.original, data)) for data in ((photos, task.test) if photos else ())]
     print(f"{task.name}: {before:.2f}", flush=True)
-    for step in STEPS:
+    for step in STEPS[:count]:
         start = time.process_time()
         result = multum.compress(task, step)
         seconds, after, (record,) = time.process_time() - start, score(task, result.graph), result.records
@@ -53,6 +53,8 @@ def measure(task: multum.Task, photos: multum.task.Batches | None = None) -> Non
             same = agreement(wanted, outputs(result.graph, data))
             row += f"; agreement {same:.1f} % of {'all photos' if data is photos else 'those that are scored'}"
         print(row, result.records[0].measured, flush=True)
+    if count < len(STEPS):
+        return
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "random.mip")
         multum.save(multum.compress(task, RANDOM), path, task)
@@ -72,5 +74,7 @@ def outputs(graph: multum.Graph, data: multum.task.Batches) -> torch.Tensor:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or ("fashion", "photos"):
-        {"fashion": fashion, "photos": photos}[name]()
+    given = sys.argv[1:]
+    count = next((int(word) for word in given if word.isdigit()), len(STEPS))
+    for name in [word for word in given if not word.isdigit()] or ("fashion", "photos"):
+        {"fashion": fashion, "photos": photos}[name](count)
