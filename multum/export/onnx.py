@@ -136,8 +136,16 @@ def _translate(graph: Graph, inputs: list[str], outputs: list[str]) -> Any:
         ) from error
 
 
+_LONGEST_RANGE = 64  # places that an ONNX file lists rather than has counted by its runtime
+
+
 def _may_fold(node: Any) -> bool | None:
-    """No, where small integers are cast to larger ones: they are indices into a codebook. Elsewhere the optimizer decides."""
+    """No, where small integers are cast to larger ones or counted up far: indices of shared weights. Elsewhere the optimizer decides."""
+    if node.op_type == "Range" and all(value.const_value is not None for value in node.inputs):
+        start, limit, _ = (int(value.const_value.numpy()) for value in node.inputs)
+        return False if limit - start > _LONGEST_RANGE else None
+    if node.op_type == "Neg":  # numbers that are read with both signs are stored with one
+        return False
     if node.op_type == "Cast" and (value := node.inputs[0].const_value) is not None:
         before, after = (str(kind).rpartition(".")[2] for kind in (value.dtype, node.outputs[0].dtype))
         if before in ("INT8", "UINT8", "INT16") and after in ("INT32", "INT64"):

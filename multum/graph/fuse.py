@@ -74,13 +74,18 @@ def _fold_constants(graph: Graph) -> list[str]:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda part: constant[part])
             constant[node] = node.target(*args, **kwargs)
     for node in constant:
-        if node.op == "get_attr" or all(user in constant for user in node.users):
+        if node.op == "get_attr" or all(user in constant or _is_computed_index(node, user) for user in node.users):
             continue
         name = f"constants.of_{node.name}"  # a module has attributes of its own, such as `to`
         graph.set_tensor(name, constant[node].clone())
         node.replace_all_uses_with(graph.attribute(name, node), lambda user: user not in constant)
         done.append(f"{node.name} in {owners([node])} is a constant")
     return done
+
+
+def _is_computed_index(node: fx.Node, user: fx.Node) -> bool:
+    """Whether `user` reads a tensor that trains at places that a rule says: they are not stored on purpose."""
+    return user.target is aten.index_select.default and user.args[0] is not node
 
 
 def _is_foldable(node: fx.Node) -> bool:

@@ -18,7 +18,7 @@ from multum.factorize import SVD, Spatial, Tucker
 from multum.pack import describe
 from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
 from multum.quantize import Activations, Aware, Dynamic, FixedPoint, Half, Mixed, NonUniform, RateDistortion, Static, WeightOnly
-from multum.share import Clusters, Ties
+from multum.share import Clusters, Hashing, Ties
 from multum.step import methods
 from multum.task import call, logits
 from multum.testing.conformance import task as attentive
@@ -61,6 +61,7 @@ SHORT = {
     "quantize.RateDistortion": RateDistortion(),
     "quantize.Half": Half(),
     "share.Clusters": Clusters(samples=16),
+    "share.Hashing": Hashing(),
     "share.Ties": Ties(),
 }
 

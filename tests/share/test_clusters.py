@@ -129,6 +129,19 @@ def test_other_layers_are_quantized_as_ever(task):
     assert len(weights(result.graph)["conv"].unique()) <= 4
 
 
+def test_the_gradient_of_an_entry_is_the_sum_over_its_weights(task):
+    graph, plain = compress(task, Clusters(bits=2, include="conv")).graph, task.original.copy().requires_grad_(True)
+    plain.set_tensor("conv.weight", weights(graph)["conv"])
+    for one in (graph, plain):
+        one(task.example).square().sum().backward()
+    index = graph.tensor("conv.weight_indices").long()
+    book = graph.tensor("conv.weight_codebook")
+    index = index - index.min()
+    expected = torch.zeros(4).index_add_(0, index.flatten(), plain.tensor("conv.weight").grad.flatten())
+    torch.testing.assert_close(book.grad[:, 0], expected, rtol=1e-3, atol=1e-5)
+    assert book.grad.abs().min() > 0
+
+
 def test_training_gains(task):
     def off(*steps):
         ours, theirs = (graph(task.train[0][0]).detach().softmax(1) for graph in (compress(task, list(steps)).graph, task.original))

@@ -15,6 +15,7 @@ from multum.export import to_onnx_bytes
 from multum.graph import layers
 from multum.quantize import Static, WeightOnly
 from multum.share import Ties
+from multum.share.ties import similar
 
 
 class Network(nn.Module):
@@ -69,13 +70,48 @@ def test_what_a_shared_tensor_is_at_first(task, start):
 
 
 def test_a_difference_of_full_rank_gives_the_original_back(task):
-    graph = compress(task, Ties(rank=16, start="mean")).graph
-    torch.testing.assert_close(graph(task.example), task.original(task.example), rtol=1e-4, atol=1e-5)
+    for scales in (False, True):
+        graph = compress(task, Ties(rank=16, start="mean", scales=scales)).graph
+        torch.testing.assert_close(graph(task.example), task.original(task.example), rtol=1e-4, atol=1e-5)
     off = [float((compress(task, Ties(rank=r)).graph(task.example) - task.original(task.example)).detach().norm()) for r in (0, 8, 15)]
     assert off[2] < off[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"count": 2, "order": "cycle", "own": False}, {"rank": 2}], ids=str)
+def alike() -> Task:
+    """Four layers, the first and the third alike, and the others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    model[2].weight.data = 1.01 * model[0].weight.data
+    model[3].weight.data = model[1].weight.data + 0.01
+    return Task(model.eval(), torch.randn(4, 8))
+
+
+def test_similar_layers_are_found():
+    task = alike()
+    assert sharing(compress(task, Ties(count=2, order="similar")).graph, "") == [0, 1, 0, 1]
+    # the means of {0, 1} and {9, 10} are nearer to 5 by 4.5, but a pair moves twice as much: 1/2 + 1/2, then 2/3 * 20.25
+    assert similar(torch.tensor([[0.0], [9.0], [1.0], [10.0], [5.0]]), 3) == [0, 1, 0, 1, 4]
+    assert similar(torch.tensor([[0.0], [9.0], [1.0], [10.0], [5.1]]), 2) == [0, 1, 0, 1, 1]
+
+
+def test_scales_are_those_of_least_squares_and_make_good_what_is_proportional():
+    task, x = alike(), torch.randn(5, 8)
+    task.model[2].weight.data *= torch.linspace(-1, 2, 8)[:, None]
+    task = Task(task.model, task.example)
+    tied = compress(task, Ties(groups=("[02]",), scales=True)).graph
+    torch.testing.assert_close(tied(x), task.original(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tied.tensor("2.own_scale").detach(), 1.01 * torch.linspace(-1, 2, 8))
+    convolutions = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+    convolutions[2].weight.data = convolutions[0].weight.data * torch.tensor([1.0, -2.0, 0.5, 3.0]).reshape(4, 1, 1, 1)
+    task = Task(convolutions.eval(), torch.randn(2, 4, 6, 6))
+    torch.testing.assert_close(compress(task, Ties(scales=True)).graph(task.example), task.original(task.example), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"count": 2, "order": "cycle", "own": False}, {"rank": 2}, {"rank": 2, "scales": True}, {"scales": True, "own": False}],
+    ids=str,
+)
 def test_ties_stay_through_training_the_file_and_onnx(task, tmp_path, options):
     result = compress(task, [Ties(**options), Logits(epochs=2.0)])
     before = sharing(compress(task, Ties(**options)).graph, r"up\.")
