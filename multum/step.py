@@ -23,7 +23,7 @@ from .graph.sparse import zeros_kept
 from .task import Task
 
 # The folders that hold methods. A method is a class in one of them, named in its `__all__`.
-FAMILIES = ("prune", "factorize", "share", "quantize", "distill")
+FAMILIES = ("prune", "factorize", "share", "lighten", "quantize", "distill")
 
 
 class Stage(IntEnum):

@@ -98,14 +98,15 @@ class Evidence:
 
         Layers that come next are taken along as far as memory allows: ask in order of execution.
         """
-        return self._moments(layer)[0]
+        return self.moments(layer)[0]
 
     def second(self, layer: Layer) -> Tensor:
         """The same about zero instead of the means."""
-        gram, mean, count = self._moments(layer)
+        gram, mean, count = self.moments(layer)
         return gram + count * mean[:, :, None] * mean[:, None]
 
-    def _moments(self, layer: Layer) -> tuple[Tensor, Tensor, int]:
+    def moments(self, layer: Layer) -> tuple[Tensor, Tensor, int]:
+        """`gram`, the means that it is about [groups, height], and the number of columns."""
         if layer.name not in self._grams:
             known = [other for other in layers(self.graph) if multiplies(other)]
             wanted, left = list[Layer](), GRAMS

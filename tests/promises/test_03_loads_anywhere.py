@@ -15,6 +15,8 @@ import multum
 from multum.distill import Assistant, Attention, DataFree, Elastic, Hidden, Logits, Peers, Relations, Self, Tasks, Teachers, Unlabelled
 from multum.errors import StepError
 from multum.factorize import SVD, Spatial, Tucker
+from multum.lighten import Activations as Cheap
+from multum.lighten import Merge, Reparameterize, Replace
 from multum.pack import describe
 from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
 from multum.quantize import Activations, Aware, Dynamic, FixedPoint, Half, Mixed, NonUniform, RateDistortion, Static, WeightOnly
@@ -43,6 +45,10 @@ SHORT = {
     "factorize.SVD": SVD(parameters=0.5),
     "factorize.Spatial": Spatial(parameters=0.6, samples=16),
     "factorize.Tucker": Tucker(parameters=0.6, samples=16),
+    "lighten.Activations": Cheap(),
+    "lighten.Merge": Merge(),
+    "lighten.Reparameterize": Reparameterize(epochs=0.2),
+    "lighten.Replace": Replace(samples=16),
     "distill.Logits": Logits(epochs=0.2),
     "quantize.Activations": Activations(),
     "distill.Peers": Peers(epochs=0.2),
@@ -144,6 +150,7 @@ def load_elsewhere(task, recipes, tmp_path, least):
 # which need zeros, attention, several outputs, a sigmoid, or layers in a row
 _NAMES = ("prune.Rewind", "prune.Heads", "prune.Neurons", "distill.Attention", "distill.Tasks", "quantize.Activations", "share.Ties")
 OTHERS = [SHORT[name] for name in _NAMES]
+OTHERS += [SHORT["lighten.Activations"], SHORT["lighten.Merge"]]  # a smooth function, or layers with nothing between
 
 
 @pytest.mark.parametrize("step", [step for step in SHORT.values() if step not in OTHERS], ids=str)

@@ -1,0 +1,8 @@
+"""Lightening: layers and networks of the same form that compute less."""
+
+from .activations import Activations
+from .merge import Merge
+from .reparameterize import Reparameterize
+from .replace import Replace
+
+__all__ = ["Activations", "Merge", "Reparameterize", "Replace"]

@@ -1,0 +1,166 @@
+"""Branches that are there for training alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import StepError, near
+from ..graph import Graph, Layer, select
+from ..graph.matrix import data
+from ..graph.model import aten, read, shape
+from ..step import Plan, Stage, Step, option
+from ..task import Task
+from ..train import Training, default_rate, recover
+from .affine import plain_layers
+from .blocks import form, shape_of
+from .merge import merge
+
+_NAMES = ("repvgg", "acb", "dbb")
+
+
+@dataclass(frozen=True)
+class Reparameterize(Step):
+    """Trains with branches beside each convolution, then merges them into it: it costs what it did, and has learned with more.
+
+    `repvgg`: a 1x1 convolution and the input itself (Ding et al. 2021); `acb`: windows of 1 x k and k x 1 (Ding et al. 2019); `dbb`: a 1x1
+    convolution, one before a whole window and one before an average (Ding et al. 2021, "Diverse branch block"). Each has a batch norm
+    whose scale begins at zero, so that the network begins as it was. Training is toward the original and the labels, as in
+    `distill.Logits`. With `merge` off, or `epochs` 0, the branches stay until `lighten.Merge`.
+    """
+
+    stage: ClassVar[Stage | None] = Stage.STRUCTURE
+
+    branches: str = option("repvgg", f"one of {', '.join(_NAMES)}")
+    epochs: float = option(1.0, "passes over the training data; 0: only puts the branches in")
+    learning_rate: float | None = option(None, "highest learning rate; found from the graph when not given")
+    merge: bool = option(True, "merge the branches after the training")
+    include: str | tuple[str, ...] = option("*", "convolutions that get branches, as glob patterns")
+    exclude: str | tuple[str, ...] = option((), "those that get none")
+
+    def __post_init__(self) -> None:
+        if self.branches not in _NAMES:
+            raise StepError(
+                f"lighten.Reparameterize: branches is {self.branches!r}.",
+                f"one of {', '.join(_NAMES)}, such as {near(self.branches, _NAMES)}",
+            )
+        if self.epochs < 0:
+            raise StepError(f"lighten.Reparameterize: epochs is {self.epochs}.", "0 or more")
+
+    def requires(self) -> tuple[str, ...]:
+        return ("train",) if self.epochs else ()
+
+    def plan(self, graph: Graph, task: Task) -> Plan:
+        plain, changes, skipped = plain_layers(graph), dict[str, dict[str, Any]](), dict[str, str]()
+        for layer in select(graph, self.include, self.exclude):
+            reason = "it is no convolution with a weight of its own" if layer.kind != "conv" or layer.node not in plain else _reason(layer)
+            if reason:
+                skipped[layer.name] = reason
+            else:
+                changes[layer.name] = {"branches": self.branches, "identity": self.branches == "repvgg" and _keeps(layer)}
+        return Plan(changes, skipped)
+
+    def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
+        named, random = set(plan.changes), torch.Generator().manual_seed(task.seed)
+        for layer in [layer for layer in plain_layers(graph).values() if layer.name in plan.changes]:
+            named |= expand(graph, layer, self.branches, random)
+        graph.clean()
+        with torch.no_grad():
+            graph.refresh()
+        if not self.epochs:
+            return {}
+        rate = default_rate(graph, "adamw") if self.learning_rate is None else self.learning_rate
+        measured = recover(graph, task, Training(epochs=self.epochs, learning_rate=rate), workdir)
+        if self.merge:
+            merge(graph, named)
+        return measured
+
+
+def expand(graph: Graph, layer: Layer, branches: str, random: torch.Generator) -> set[str]:
+    """Adds branches to a convolution, behind its batch norm if it has one; gives the names of the layers that are new."""
+    known, window, weight = form(layer), shape_of(layer), graph.tensor(layer.weight)
+    assert known is not None
+    follows = next(iter(layer.node.users))
+    normed = len(layer.node.users) == 1 and follows.target is aten.batch_norm.default
+    end, source, groups = follows if normed else layer.node, data(layer), int(read(layer.node, "groups"))
+    place, base, names = end.next, layer.weight.removesuffix(".weight"), set[str]()
+    dims, inside = (
+        len(window),
+        [pad - step * (size - 1) // 2 for pad, step, size in zip(known["padding"], known["dilation"], window, strict=True)],
+    )
+    one, none = [1] * dims, [0] * dims
+    convolution = getattr(aten, f"conv{dims}d").default
+
+    def own(name: str, value: Tensor, parameter: bool = True) -> fx.Node:
+        graph.set_tensor(f"{base}.{name}", value.to(weight), parameter)
+        return graph.attribute(f"{base}.{name}", place)
+
+    def add(target: Any, args: tuple[Any, ...]) -> fx.Node:
+        node = graph.operator(target, args, end, place)
+        node.meta["module"] = layer.node.meta.get("module", "")
+        return node
+
+    def conv(name: str, value: fx.Node, outputs: int, size: list[int], stride: list[int], padding: list[int], count: int) -> fx.Node:
+        fan = weight.shape[1] if value is source else outputs
+        fresh = torch.randn(outputs, fan, *size, generator=random) * (2 / (fan * torch.Size(size).numel())) ** 0.5
+        names.add(f"{base}.{name}")
+        dilation = [step if span > 1 else 1 for step, span in zip(known["dilation"], size, strict=True)]
+        return add(convolution, (value, own(f"{name}.weight", fresh), None, stride, padding, dilation, count))
+
+    def norm(name: str, value: fx.Node) -> fx.Node:
+        zeros, ones = torch.zeros(len(weight)), torch.ones(len(weight))
+        given = [
+            own(f"{name}.scale", zeros),
+            own(f"{name}.shift", zeros),
+            own(f"{name}.mean", zeros, False),
+            own(f"{name}.variance", ones, False),
+        ]
+        return add(aten.batch_norm.default, (value, *given, False, 0.1, 1e-5, True))
+
+    outputs = len(weight)
+    point: Callable[[str], fx.Node] = lambda name: conv(name, source, outputs, one, known["stride"], inside, groups)  # noqa: E731
+    if branches == "acb":
+        made = []
+        for dim in range(dims):
+            size, padding = (list(one), list(inside))
+            size[dim], padding[dim] = window[dim], known["padding"][dim]
+            made.append(norm(f"line{dim}_norm", conv(f"line{dim}", source, outputs, size, known["stride"], padding, groups)))
+    else:
+        made = [norm("point_norm", point("point"))]
+    if branches == "repvgg" and _keeps(layer):
+        made.append(norm("input_norm", source))
+    if branches == "dbb" and groups == 1:
+        before = conv("first", source, outputs, one, one, none, 1)
+        made.append(norm("second_norm", conv("second", before, outputs, list(window), known["stride"], known["padding"], 1)))
+        if set(known["dilation"]) == {1}:
+            args = (conv("averaged", source, outputs, one, one, none, 1), list(window), known["stride"], known["padding"])
+            made.append(norm("average_norm", add(getattr(aten, f"avg_pool{dims}d").default, args)))
+    users, total = list(end.users), end
+    users = [user for user in users if user not in made]
+    for branch in made:
+        total = add(aten.add.Tensor, (total, branch))
+    for user in users:
+        user.replace_input_with(end, total)
+    return names
+
+
+def _keeps(layer: Layer) -> bool:
+    """Whether what the layer reads has the form of what it gives, place by place."""
+    known = form(layer)
+    return known is not None and shape(data(layer))[1:] == shape(layer.node)[1:] and set(known["stride"]) == {1}
+
+
+def _reason(layer: Layer) -> str | None:
+    known, window = form(layer), shape_of(layer)
+    assert known is not None
+    if max(window) == 1:
+        return "its window is a point"
+    for size, step, padding in zip(window, known["dilation"], known["padding"], strict=True):
+        if size % 2 == 0 or padding < step * (size - 1) // 2:
+            return "the middle of its window does not lie over its input's places"
+    return None
