@@ -4,5 +4,6 @@ from .activations import Activations
 from .merge import Merge
 from .reparameterize import Reparameterize
 from .replace import Replace
+from .scale import Scale
 
-__all__ = ["Activations", "Merge", "Reparameterize", "Replace"]
+__all__ = ["Activations", "Merge", "Reparameterize", "Replace", "Scale"]

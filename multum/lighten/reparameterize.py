@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -83,70 +83,71 @@ class Reparameterize(Step):
 
 def expand(graph: Graph, layer: Layer, branches: str, random: torch.Generator) -> set[str]:
     """Adds branches to a convolution, behind its batch norm if it has one; gives the names of the layers that are new."""
-    known, window, weight = form(layer), shape_of(layer), graph.tensor(layer.weight)
-    assert known is not None
-    follows = next(iter(layer.node.users))
-    normed = len(layer.node.users) == 1 and follows.target is aten.batch_norm.default
-    end, source, groups = follows if normed else layer.node, data(layer), int(read(layer.node, "groups"))
-    place, base, names = end.next, layer.weight.removesuffix(".weight"), set[str]()
-    dims, inside = (
-        len(window),
-        [pad - step * (size - 1) // 2 for pad, step, size in zip(known["padding"], known["dilation"], window, strict=True)],
-    )
-    one, none = [1] * dims, [0] * dims
-    convolution = getattr(aten, f"conv{dims}d").default
-
-    def own(name: str, value: Tensor, parameter: bool = True) -> fx.Node:
-        graph.set_tensor(f"{base}.{name}", value.to(weight), parameter)
-        return graph.attribute(f"{base}.{name}", place)
-
-    def add(target: Any, args: tuple[Any, ...]) -> fx.Node:
-        node = graph.operator(target, args, end, place)
-        node.meta["module"] = layer.node.meta.get("module", "")
-        return node
-
-    def conv(name: str, value: fx.Node, outputs: int, size: list[int], stride: list[int], padding: list[int], count: int) -> fx.Node:
-        fan = weight.shape[1] if value is source else outputs
-        fresh = torch.randn(outputs, fan, *size, generator=random) * (2 / (fan * torch.Size(size).numel())) ** 0.5
-        names.add(f"{base}.{name}")
-        dilation = [step if span > 1 else 1 for step, span in zip(known["dilation"], size, strict=True)]
-        return add(convolution, (value, own(f"{name}.weight", fresh), None, stride, padding, dilation, count))
-
-    def norm(name: str, value: fx.Node) -> fx.Node:
-        zeros, ones = torch.zeros(len(weight)), torch.ones(len(weight))
-        given = [
-            own(f"{name}.scale", zeros),
-            own(f"{name}.shift", zeros),
-            own(f"{name}.mean", zeros, False),
-            own(f"{name}.variance", ones, False),
-        ]
-        return add(aten.batch_norm.default, (value, *given, False, 0.1, 1e-5, True))
-
-    outputs = len(weight)
-    point: Callable[[str], fx.Node] = lambda name: conv(name, source, outputs, one, known["stride"], inside, groups)  # noqa: E731
+    site, window = _Site(graph, layer, random), shape_of(layer)
+    known, dims, source = site.form, len(window), site.source
+    one, none, names = [1] * dims, [0] * dims, list[str]()
+    inside = [pad - step * (size - 1) // 2 for pad, step, size in zip(known["padding"], known["dilation"], window, strict=True)]
     if branches == "acb":
         made = []
         for dim in range(dims):
-            size, padding = (list(one), list(inside))
+            size, padding = list(one), list(inside)
             size[dim], padding[dim] = window[dim], known["padding"][dim]
-            made.append(norm(f"line{dim}_norm", conv(f"line{dim}", source, outputs, size, known["stride"], padding, groups)))
+            names.append(f"line{dim}")
+            made.append(site.norm(names[-1], site.conv(names[-1], source, size, known["stride"], padding, site.groups)))
     else:
-        made = [norm("point_norm", point("point"))]
+        names.append("point")
+        made = [site.norm("point", site.conv("point", source, one, known["stride"], inside, site.groups))]
     if branches == "repvgg" and _keeps(layer):
-        made.append(norm("input_norm", source))
-    if branches == "dbb" and groups == 1:
-        before = conv("first", source, outputs, one, one, none, 1)
-        made.append(norm("second_norm", conv("second", before, outputs, list(window), known["stride"], known["padding"], 1)))
+        made.append(site.norm("input", source))
+    if branches == "dbb" and site.groups == 1:
+        names += ["first", "second"]
+        before = site.conv("first", source, one, one, none, 1)
+        made.append(site.norm("second", site.conv("second", before, list(window), known["stride"], known["padding"], 1)))
         if set(known["dilation"]) == {1}:
-            args = (conv("averaged", source, outputs, one, one, none, 1), list(window), known["stride"], known["padding"])
-            made.append(norm("average_norm", add(getattr(aten, f"avg_pool{dims}d").default, args)))
-    users, total = list(end.users), end
-    users = [user for user in users if user not in made]
+            names.append("averaged")
+            args = (site.conv("averaged", source, one, one, none, 1), list(window), known["stride"], known["padding"])
+            made.append(site.norm("averaged", site.add(getattr(aten, f"avg_pool{dims}d").default, args)))
+    total, users = site.end, [user for user in site.end.users if user not in made]
     for branch in made:
-        total = add(aten.add.Tensor, (total, branch))
+        total = site.add(aten.add.Tensor, (total, branch))
     for user in users:
-        user.replace_input_with(end, total)
-    return names
+        user.replace_input_with(site.end, total)
+    return {f"{site.base}.{name}" for name in names}
+
+
+class _Site:
+    """Where branches come in: beside a convolution and the batch norm behind it."""
+
+    def __init__(self, graph: Graph, layer: Layer, random: torch.Generator):
+        known, follows = form(layer), next(iter(layer.node.users))
+        assert known is not None
+        normed = len(layer.node.users) == 1 and follows.target is aten.batch_norm.default
+        self.graph, self.layer, self.random, self.form = graph, layer, random, known
+        self.end, self.source, self.groups = follows if normed else layer.node, data(layer), int(read(layer.node, "groups"))
+        self.place, self.base, self.weight = self.end.next, layer.weight.removesuffix(".weight"), graph.tensor(layer.weight)
+
+    def add(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
+        node = self.graph.operator(target, args, self.end, self.place)
+        node.meta["module"] = self.layer.node.meta.get("module", "")
+        return node
+
+    def own(self, name: str, value: Tensor, parameter: bool = True) -> fx.Node:
+        self.graph.set_tensor(f"{self.base}.{name}", value.to(self.weight), parameter)
+        return self.graph.attribute(f"{self.base}.{name}", self.place)
+
+    def conv(self, name: str, value: fx.Node, size: list[int], stride: list[int], padding: list[int], groups: int) -> fx.Node:
+        outputs = len(self.weight)
+        fan = self.weight.shape[1] if value is self.source else outputs
+        fresh = torch.randn(outputs, fan, *size, generator=self.random) * (2 / (fan * math.prod(size))) ** 0.5
+        dilation = [step if span > 1 else 1 for step, span in zip(self.form["dilation"], size, strict=True)]
+        args = (value, self.own(f"{name}.weight", fresh), None, stride, padding, dilation, groups)
+        return self.add(getattr(aten, f"conv{len(size)}d").default, args)
+
+    def norm(self, name: str, value: fx.Node) -> fx.Node:
+        zeros, ones = torch.zeros(len(self.weight)), torch.ones(len(self.weight))
+        tensors = {"scale": zeros, "shift": zeros, "mean": zeros, "variance": ones}
+        given = [self.own(f"{name}_norm.{part}", start, part in ("scale", "shift")) for part, start in tensors.items()]
+        return self.add(aten.batch_norm.default, (value, *given, False, 0.1, 1e-5, True))
 
 
 def _keeps(layer: Layer) -> bool:

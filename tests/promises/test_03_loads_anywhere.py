@@ -16,7 +16,7 @@ from multum.distill import Assistant, Attention, DataFree, Elastic, Hidden, Logi
 from multum.errors import StepError
 from multum.factorize import SVD, Spatial, Tucker
 from multum.lighten import Activations as Cheap
-from multum.lighten import Merge, Reparameterize, Replace
+from multum.lighten import Merge, Reparameterize, Replace, Scale
 from multum.pack import describe
 from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
 from multum.quantize import Activations, Aware, Dynamic, FixedPoint, Half, Mixed, NonUniform, RateDistortion, Static, WeightOnly
@@ -49,6 +49,7 @@ SHORT = {
     "lighten.Merge": Merge(),
     "lighten.Reparameterize": Reparameterize(epochs=0.2),
     "lighten.Replace": Replace(samples=16),
+    "lighten.Scale": Scale(),
     "distill.Logits": Logits(epochs=0.2),
     "quantize.Activations": Activations(),
     "distill.Peers": Peers(epochs=0.2),
