@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .recovery import recover_blocks
 
 _LINEAR = ("grouped", "shuffled", "low_rank")  # the blocks that a linear layer can become
 _WINDOWS = ("separable", "inverted", "ghost", "bottleneck", "smaller", "dilated")  # those that need a window
+_FEW = 4  # outputs for each depthwise filter, or more taps: such as the first layer of a network
 _ROUNDS = 60  # of halving the price of a multiply-accumulate
 
 
@@ -135,6 +137,8 @@ class Replace(Step):
             return None if kind in _LINEAR else "it has no window"
         if kind in _WINDOWS and max(window) == 1:
             return "its window is a point"
+        if kind in ("separable", "inverted") and sizes[0] * self.expansion * _FEW < min(sizes[1], sizes[0] * math.prod(window)):
+            return f"filters for each of {sizes[0]} input channels are too few for its {sizes[1]} outputs"
         if kind in ("smaller", "dilated"):
             wide = [size for size in window if size > 1]
             if min(wide) <= self.kernel or any(size % 2 == 0 for size in wide):

@@ -162,6 +162,10 @@ def test_every_layer_that_stays_has_its_reason():
         nn.Conv2d(8, 9, 3),
         nn.Conv2d(9, 9, 4, padding="same"),
     )
+    first = task(nn.Sequential(nn.Conv2d(8, 3, 3, padding=1), nn.Conv2d(3, 16, 3)), [images(0)])
+    reason = "filters for each of 3 input channels are too few for its 16 outputs"
+    assert Replace(by="separable").plan(first.original, first).skipped == {"1": f"separable: {reason}"}
+    assert "1" in Replace(by="separable", expansion=2).plan(first.original, first).changes
     job = task(model, [images(0)])
     assert Replace(by="separable").plan(job.original, job).skipped == {
         "0": "it has groups already",
