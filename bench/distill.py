@@ -40,7 +40,7 @@ from multum.distill import (
 from multum.export import to_onnx_bytes
 from multum.runtime.benchmark import bench, verdict
 from multum.task import call
-from multum.train import Teacher, Training, recover
+from multum.train import Companion, Teacher, Training, recover
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "out" / "bench" / "distill"
@@ -318,32 +318,41 @@ def speed() -> None:
         print(f"{engine}: {verdict(bench(sessions, task.example, batches=(1,), threads=(1,)), 'student', 'original').reason}", flush=True)
 
 
+class Clock(Companion):
+    """Processor time from step to step, from the second pass on."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def after(self, step: int, steps: int) -> None:
+        self.times.append(time.process_time())
+
+    def steps(self, first: int) -> list[float]:
+        return np.diff(self.times[first:]).tolist()
+
+
 def overhead() -> None:
-    """Processor time of a step of the smaller ResNet: trainings of eight passes less those of two, images augmented or not."""
-    forward: list[float] = []
+    """Processor time of a step of the smaller ResNet, medians of trainings in turns, images augmented anew in each pass or not."""
+    kinds = {"student": (0.0, 0.0), "distilled": (0.9, 0.0), "distilled, remembered": (0.9, 256.0)}
     for augmented in (True, False):
-        seconds = {}
-        for name, alpha, memory in (("student", 0.0, 0.0), ("distilled", 0.9, 0.0), ("distilled, remembered", 0.9, 256.0)):
-            spent = []
-            for epochs in (2, 8):
-                task = fashion(0)
-                task.train.images, task.train.labels = task.train.images[:1_280], task.train.labels[:1_280]
-                if not augmented:
-                    task = replace(task, train=list(task.train))
-                graph, how = narrow(task), Training(epochs=epochs, patience=0, memory=memory)
-                clock = time.process_time()
-                recover(graph, task, how, alpha=alpha)
-                spent.append(time.process_time() - clock)
-            seconds[name] = (spent[1] - spent[0]) / 60
+        spent, forward = {name: list[float]() for name in kinds}, list[float]()
+        task = fashion(0)
+        task.train.images, task.train.labels = task.train.images[:1_280], task.train.labels[:1_280]
+        task = task if augmented else replace(task, train=list(task.train))
         teacher, batch = Teacher(task.original), next(iter(task.data("train")))[0]
-        for _ in range(40):
-            clock = time.process_time()
-            teacher(batch)
-            forward.append(time.process_time() - clock)
-        both = seconds["student"] + float(np.median(forward))
+        for _ in range(3):
+            for name, (alpha, memory) in kinds.items():
+                clock = Clock()
+                recover(narrow(task), task, Training(epochs=4, patience=0, memory=memory), companions=[clock], alpha=alpha)
+                spent[name] += clock.steps(11)
+            for _ in range(20):
+                begin = time.process_time()
+                teacher(batch)
+                forward.append(time.process_time() - begin)
+        seconds, asked = {name: float(np.median(found)) for name, found in spent.items()}, float(np.median(forward))
         print("augmented" if augmented else "the same images each pass")
-        print(f"  teacher {1e3 * float(np.median(forward)):.1f} ms; " + ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in seconds.items()))
-        ratio, alone = seconds["distilled"] / both, seconds["distilled, remembered"] / seconds["student"]
+        print(f"  teacher {1e3 * asked:.1f} ms; " + ", ".join(f"{n} {1e3 * s:.1f} ms" for n, s in seconds.items()))
+        ratio, alone = seconds["distilled"] / (seconds["student"] + asked), seconds["distilled, remembered"] / seconds["student"]
         print(f"  distilled {ratio:.2f}x of teacher and student step; remembered {alone:.2f}x of the student step", flush=True)
 
 

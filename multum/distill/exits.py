@@ -147,6 +147,9 @@ class Cascade:
                 sure = value.softmax(-1).amax(-1) >= self.threshold
             else:
                 value, sure = logits(answer), torch.ones(len(rows), dtype=torch.bool)
+            if result is None and bool(sure.all()):  # all together
+                self.left += place
+                return answer
             result = value.new_empty(size, value.shape[-1]) if result is None else result
             result[rows[sure]] = value[sure]
             self.left[rows[sure]] = place
