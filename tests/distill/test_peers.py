@@ -203,3 +203,13 @@ def test_a_loss_that_leaves_an_output_out_is_named(two: Task) -> None:
     only = two.but(loss=lambda outputs, targets: {"kind": losses(outputs, targets)["kind"]})
     with pytest.raises(StepError, match="says nothing of the output 'size'"):
         compress(only, Tasks(alpha=0.5))
+
+
+def test_a_weight_of_two_counts_twice(two: Task) -> None:
+    first = [
+        compress(two, Tasks(alpha=alpha, outputs=("kind=0", f"size={weight}"))).records[0].measured["loss_first"]
+        for alpha in (0.0, 0.5)
+        for weight in (1, 2)
+    ]
+    assert first[1] == pytest.approx(2 * first[0])
+    assert first[3] == pytest.approx(2 * first[2])
