@@ -27,7 +27,10 @@ from multum.runtime.benchmark import bench, verdict
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "out" / "bench" / "lighten"
 PASSES, RATE = 4, 0.1
-REPLACE = [Replace(by="separable", epochs=1.0), Logits(epochs=1.0, learning_rate=2e-3)]
+REPLACE = {
+    "2 passes": [Replace(by="separable", epochs=1.0), Logits(epochs=1.0, learning_rate=2e-3)],
+    "6 passes": [Replace(by="separable", epochs=1.0), Logits(epochs=5.0, learning_rate=3e-3)],
+}
 
 
 def network() -> nn.Module:
@@ -87,13 +90,19 @@ def times(job: multum.Task, model: Path, original: Path) -> None:
 
 
 def replace(job: multum.Task) -> None:
-    original, start = file_of(job.original, "original"), time.perf_counter()
-    result = multum.compress(job, REPLACE, workdir=OUT / "replace")
-    model = file_of(result.graph, "model")
-    before, after = score(job, original), score(job, model)
-    counts = [analyze(graph, job.example, latency=False).macs for graph in (job.original, result.graph)]
-    print(f"replace: {counts[0]:,} -> {counts[1]:,} MACs, {counts[0] / counts[1]:.2f}x fewer; {before:.2f} -> {after:.2f}, ", end="")
-    print(f"drop {before - after:.2f}; {time.perf_counter() - start:.0f} s", flush=True)
+    original = file_of(job.original, "original")
+    before = score(job, original)
+    for name, steps in REPLACE.items():
+        start = time.perf_counter()
+        result = multum.compress(job, steps, workdir=OUT / "replace")
+        model = file_of(result.graph, "model")
+        after = score(job, model)
+        counts = [analyze(graph, job.example, latency=False).macs for graph in (job.original, result.graph)]
+        print(
+            f"replace, {name}: {counts[0]:,} -> {counts[1]:,} MACs, {counts[0] / counts[1]:.2f}x fewer; {before:.2f} -> {after:.2f}, ",
+            end="",
+        )
+        print(f"drop {before - after:.2f}; {time.perf_counter() - start:.0f} s", flush=True)
     one_shot = multum.compress(job, Replace(by="separable"))
     lost = {name: round(change["lost"], 3) for name, change in one_shot.records[0].changes.items()}
     print(f"  without training {score(job, file_of(one_shot.graph, 'one_shot')):.2f}; of each layer's output lost: {lost}", flush=True)
@@ -106,7 +115,7 @@ def scratch(job: multum.Task) -> None:
     for parameter in student.tensors.parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_normal_(parameter)
-    passes = sum(step.epochs for step in REPLACE)
+    passes = sum(step.epochs for step in REPLACE["6 passes"])
     graph = multum.compress(job, Logits(epochs=passes, learning_rate=2e-3), student=student, workdir=OUT / "scratch").graph
     print(f"scratch: {score(job, file_of(graph, 'scratch')):.2f} after {passes:g} passes from random weights", flush=True)
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from ..analyze import analyze
-from ..errors import MultumError, StepError
+from ..errors import StepError
 from ..graph import Graph, layers, surgery
 from ..graph.axes import Group, Groups, axes
 from ..graph.model import aten, shape
 from ..graph.residual import Block, blocks, skip
 from ..step import Plan, Stage, Step, option
-from ..task import Task, call
+from ..task import Task, call, tensors
 
 _MULTIPLE = 8  # widths are multiples of this, in small layers of a half, a quarter ... of it
 _TRIED = 4  # sizes of the input that are measured
@@ -133,7 +133,13 @@ def resolutions(graph: Graph, task: Task, sizes: Sequence[list[int]]) -> list[tu
 
 def resize(graph: Graph, size: Sequence[int]) -> None:
     """Puts a resizing of the image (bilinear) behind the input, in place. Raises what torch says of a layer that asks for another size."""
-    image, outputs = _image(graph), [node.meta["val"].shape for node in graph.fx.output_node().all_input_nodes]
+    _insert(graph, size)
+    with torch.no_grad():
+        graph.refresh()
+
+
+def _insert(graph: Graph, size: Sequence[int]) -> None:
+    image = _image(graph)
     if image is None:
         raise StepError("The network has no image for an input.", "one input [n, channels, height, width]")
     users = list(image.users)
@@ -141,9 +147,6 @@ def resize(graph: Graph, size: Sequence[int]) -> None:
     for user in users:
         user.replace_input_with(image, smaller)
     graph.recompile()
-    graph.refresh()
-    if [node.meta["val"].shape for node in graph.fx.output_node().all_input_nodes] != outputs:
-        raise StepError(f"The outputs change their shape when the image is {list(size)}.", "a network that averages over places")
 
 
 def _image(graph: Graph) -> fx.Node | None:
@@ -154,15 +157,15 @@ def _image(graph: Graph) -> fx.Node | None:
 
 
 def _works(graph: Graph, size: list[int]) -> bool:
-    trial = graph.copy()
+    """Whether the network runs on images of another size and gives outputs of the same form."""
+    trial, (args, kwargs) = graph.copy().eval(), graph.example()
+    _insert(trial, size)
     try:
-        resize(trial, size)
         with torch.no_grad():
-            args, kwargs = trial.example()
-            trial.eval()(*args, **kwargs)
-    except (MultumError, RuntimeError, ValueError):  # what torch says of shapes that do not fit
+            outputs = sorted(tuple(value.shape) for value in tensors(trial(*args, **kwargs)))
+    except (RuntimeError, ValueError):  # what torch says of shapes that do not fit
         return False
-    return True
+    return outputs == sorted(shape(node) for node in graph.fx.output_node().args[0])  # type: ignore[union-attr, arg-type]
 
 
 def _separate(found: Sequence[Block]) -> list[Block]:
