@@ -34,10 +34,12 @@ Arrays = dict[str, NDArray[np.generic]]
 
 
 def weights(name: str) -> dict[str, torch.Tensor]:
-    """The tensors of one of the networks of the examples."""
+    """The tensors of one of the networks of the examples, or one large matrix."""
     from safetensors.torch import load_file
 
-    if name == "resnet20":
+    if name == "gaussian":
+        found = {"matrix": torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))}
+    elif name == "resnet20":
         found = load_file(ROOT / "examples/fashion_mnist/resnet20.safetensors")
     elif name == "minilm":
         sys.path.insert(0, str(ROOT / "examples/reuters"))
@@ -133,7 +135,7 @@ def measured(coders: Any, arrays: Arrays) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="+", choices=["resnet20", "efficientnet", "minilm"])
+    parser.add_argument("names", nargs="+", choices=["gaussian", "resnet20", "efficientnet", "minilm"])
     given, coders = parser.parse_args(), deepcabac()
     print("| weights | entropy, bytes | ours | nncodec | ours to both | Msymbols/s coded, decoded | nncodec's |\n" + "|---" * 7 + "|")
     for name in given.names:

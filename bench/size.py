@@ -27,7 +27,7 @@ def coded(bits: float, epochs: float, learning_rate: float, start: float = 1.3) 
 
 
 RECIPES = {
-    "lenet": {"bits": 0.1, "epochs": 6.0, "learning_rate": 2e-3},
+    "lenet": {"bits": 0.1, "epochs": 5.0, "learning_rate": 2e-3},
     "vgg": {"bits": 0.4, "epochs": 4.0, "learning_rate": 2e-3},
     "resnet20": {"bits": 0.64, "epochs": 2.0, "learning_rate": 2e-3},
 }
