@@ -1,11 +1,15 @@
 """Large tensors are coded in blocks: every symbol comes back, structure is used, and the coder is asked for few, large things."""
 
+import tracemalloc
+from contextlib import suppress
+
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from multum.errors import FileError
 from multum.pack import bulk, coder, integers
 from multum.pack.histograms import Histograms
 from multum.pack.numbers import unpack_numbers
@@ -123,3 +127,25 @@ def test_symbols_of_few_kinds_are_coded_several_at_once():
     array = np.random.default_rng(0).integers(-1, 2, 1 << 18).astype(np.int8)
     bulk.transfer(array, -1, (512, 512), Histograms(np.arange(-1, 2), 0.7, array.size, bulk=True), exchange, True)
     assert sum(asked) < 1.1 * array.size / 4
+
+
+LARGE = [
+    np.random.default_rng(0).normal(0, scale, shape).round().clip(-100, 100).astype(np.int8)
+    for scale, shape in ((0.3, (300, 250)), (30, (300, 250)), (0.6, (64, 130, 3, 3)))
+]
+CODED = [coder.encode(array) for array in LARGE]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2), st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), max_size=3), st.integers(0, 9000), st.booleans())
+def test_forged_streams_fail_cleanly_in_bounded_memory(which, edits, cut, tall):
+    data = bytearray(CODED[which])
+    for place, value in edits:
+        data[place] = value
+    shape = (2000, 40) if tall else LARGE[which].shape
+    tracemalloc.start()
+    with suppress(FileError):
+        assert coder.decode(bytes(data[: -cut or None]), "int8", shape).shape == shape
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * LARGE[which].size + (16 << 20)
