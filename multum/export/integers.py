@@ -76,6 +76,8 @@ def _weight(graph: Graph, node: fx.Node) -> fx.Node:
     value = _value(graph, node.args[0])
     scale, zero, low, high = grid(graph, node, value.ndim)
     integers = to_integers(value, graph, node)
+    times = 1 if zero.any() else _finer(node, integers)
+    integers, scale = integers * times, scale / times
     axis = read(node, "axis", 0)
     name = str(node.args[0].target) if node.args[0].op == "get_attr" else node.name  # type: ignore[union-attr]
     if f"{name}_integers" in dict(graph.named_tensors()):  # the same weight on another grid
@@ -95,6 +97,14 @@ def _weight(graph: Graph, node: fx.Node) -> fx.Node:
     whole.meta = dict(node.meta)
     node.replace_all_uses_with(whole)
     return whole
+
+
+def _finer(node: fx.Node, integers: Tensor) -> int:
+    """By what power of two to multiply integers that meet activations of few bits: engines round biases to multiples of both scales."""
+    kinds, reach = (*QUANTIZERS, torch.ops.multum.fake_quantize.default), int(integers.abs().max()) if integers.numel() else 0
+    inputs = [part for user in node.users for part in user.all_input_nodes if part is not node and part.target in kinds]
+    few = [part for part in inputs if not _constant(part.args[0]) and int(part.args[4]) - int(part.args[3]) < 255]  # type: ignore[arg-type]
+    return 1 << max(0, (127 // reach).bit_length() - 1) if few and 0 < reach <= 127 else 1
 
 
 def four_bits(integers: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from .activations import Activations
 from .aware import Aware
+from .binary import Binary
 from .dynamic import Dynamic
 from .half import Half
 from .mixed import Mixed
@@ -10,4 +11,6 @@ from .rate import RateDistortion
 from .static import Static
 from .weight_only import WeightOnly
 
-__all__ = ["Activations", "Aware", "Dynamic", "FixedPoint", "Half", "Mixed", "NonUniform", "RateDistortion", "Static", "WeightOnly"]
+__all__ = [
+    "Activations", "Aware", "Binary", "Dynamic", "FixedPoint", "Half", "Mixed", "NonUniform", "RateDistortion", "Static", "WeightOnly",
+]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ..errors import StepError
-from ..graph import Graph, Layer
+from ..graph import Graph, Layer, layers
 from ..graph.fuse import fuse
 from ..graph.layers import source
 from ..graph.matrix import data
@@ -22,11 +22,13 @@ from ..train import Training
 from ..train.teacher import ALPHA, TEMPERATURE, default_rate, recover
 from .grid import Grid, signed, unsigned
 from .insert import check_activations, following
+from .midrise import Midrise
 from .observers import OBSERVERS, observe
 from .weight_only import ROUNDING, check_bits, check_rounding, choose, round_weights, weight_entries
 
 _LEARNED = aten._fake_quantize_learnable_per_tensor_affine.default
 _PLAIN = aten.fake_quantize_per_tensor_affine.tensor_qparams
+_MIDRISE = 2  # bits up to which four values without a zero lose less than three with one
 RANGES = ("lsq", "pact", "fixed")
 
 
@@ -66,6 +68,9 @@ class Aware(Step):
         check_activations(graph)
         chosen, skipped = choose(graph, self.include, self.exclude)
         changes = {layer.name: entry for layer, entry in weight_entries(chosen, self.weight_bits, self.edges, self.rounding)}
+        for layer in chosen:
+            if (entry := changes[layer.name].get("weight")) and entry["bits"] <= _MIDRISE and layer.weight not in graph.sparse:
+                changes[layer.name]["weight"] = {"bits": entry["bits"], "axis": entry["axis"], "values": "odd integers"}
         places = _inputs(chosen)
         histograms = observe(graph, places, task, self.samples)
         ends = {layer.node for layer in (chosen[:1] + chosen[-1:])}
@@ -83,8 +88,13 @@ class Aware(Step):
         return Plan({name: change for name, change in changes.items() if change}, skipped)
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
-        weights = Plan({name: change for name, change in plan.changes.items() if "weight" in change})
-        measured: dict[str, Any] = {"rounding": round_weights(graph, graph.copy(), weights, task, self.samples, biases=False)}
+        weights = {name: change for name, change in plan.changes.items() if "weight" in change}
+        odd = [layer for layer in layers(graph) if "values" in weights.get(layer.name, {}).get("weight", ())]
+        even = Plan({name: change for name, change in weights.items() if "values" not in change["weight"]})
+        measured: dict[str, Any] = {"rounding": round_weights(graph, graph.copy(), even, task, self.samples, biases=False)}
+        midrise = [Midrise(odd, self.weight_bits)] if odd else []
+        for companion in midrise:
+            companion.quantize(graph)
         entries = {change["input"]["value"]: change["input"] for change in plan.changes.values() if "input" in change}
         for value, readers in _inputs(choose(graph, self.include, self.exclude)[0]).items():
             if value.name in entries:
@@ -93,7 +103,9 @@ class Aware(Step):
         rate = default_rate(graph, "adamw") if self.learning_rate is None else self.learning_rate
         how = Training(epochs=self.epochs, learning_rate=rate)
         graph.requires_grad_(True)
-        measured |= recover(graph, task, how, workdir, (), TEMPERATURE, ALPHA)
+        measured |= recover(graph, task, how, workdir, midrise, TEMPERATURE, ALPHA)
+        for companion in midrise:
+            companion.settle(graph)
         _settle(graph)
         fuse(graph)
         return measured

@@ -78,7 +78,7 @@ def best_scale(x: Tensor, grid: Grid) -> Tensor:
     for step in range(1, _CANDIDATES):
         best, least = _better(x, whole * (step / _CANDIDATES), best, least, zero, grid)
     for _ in range(_REFINEMENTS):
-        integers = levels(x, best, _like(zero, best), grid)
+        integers = levels(x, best, zero.expand_as(best), grid)
         norm = _sum(integers * integers, grid)
         candidate = torch.where(norm > 0, _sum(x * integers, grid) / norm.clamp_min(1), best).clamp_min(SMALLEST_SCALE)
         best, least = _better(x, candidate, best, least, zero, grid)
@@ -91,11 +91,7 @@ def _better(x: Tensor, candidate: Tensor, best: Tensor, least: Tensor, zero: Ten
 
 
 def _squared_error(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    return _sum((quantize(x, scale, _like(zero, scale), grid) - x).square(), grid)
-
-
-def _like(zero: Tensor, scale: Tensor) -> Tensor:
-    return zero.expand_as(scale)
+    return _sum((quantize(x, scale, zero.expand_as(scale), grid) - x).square(), grid)
 
 
 def _sum(x: Tensor, grid: Grid) -> Tensor:

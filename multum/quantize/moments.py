@@ -55,17 +55,13 @@ class Moments:
 def as_rows(value: Tensor, layer: Layer) -> Tensor:
     """A weight, or something of its shape, as rows that multiply input vectors [groups, rows, inputs]."""
     if layer.node.target in TRANSPOSED:
-        return value.reshape(_groups(layer), -1, *value.shape[1:]).flatten(2).mT
+        return value.reshape(int(read(layer.node, "groups", 1)), -1, *value.shape[1:]).flatten(2).mT
     return to_matrix(layer, value)
 
 
 def from_rows(rows: Tensor, layer: Layer, like: Tensor) -> Tensor:
     """The inverse of `as_rows`, in the shape of `like`."""
     return rows.mT.reshape(like.shape) if layer.node.target in TRANSPOSED else from_matrix(layer, rows, like.shape)
-
-
-def _groups(layer: Layer) -> int:
-    return int(read(layer.node, "groups", 1))
 
 
 def gather(graph: Graph, original: Graph, pairs: Sequence[tuple[Layer, Layer]], task: Task, samples: int) -> dict[Layer, Moments]:
@@ -111,7 +107,7 @@ def vectors(x: Tensor, layer: Layer, samples: int, turn: int) -> Tensor:
         x = x.reshape(len(x), -1, x.shape[-1]).mT if x.ndim > 1 else x[None, :, None]
         groups, kernel, padding, stride, dilation = 1, [1], [(0, 0)], [1], [1]
     else:
-        groups, (kernel, padding, stride, dilation) = _groups(layer), _geometry(layer.node, x.ndim - 2)
+        groups, (kernel, padding, stride, dilation) = int(read(layer.node, "groups", 1)), _geometry(layer.node, x.ndim - 2)
     size = len(kernel)
     if any(map(any, padding)):
         x = F.pad(x, [amount for pair in reversed(padding) for amount in pair])

@@ -19,7 +19,19 @@ from multum.lighten import Activations as Cheap
 from multum.lighten import Merge, Reparameterize, Replace, Scale
 from multum.pack import describe
 from multum.prune import NM, Blocks, Channels, Gradual, Heads, Layers, Neurons, Rewind, Shrink, Weights
-from multum.quantize import Activations, Aware, Dynamic, FixedPoint, Half, Mixed, NonUniform, RateDistortion, Static, WeightOnly
+from multum.quantize import (
+    Activations,
+    Aware,
+    Binary,
+    Dynamic,
+    FixedPoint,
+    Half,
+    Mixed,
+    NonUniform,
+    RateDistortion,
+    Static,
+    WeightOnly,
+)
 from multum.share import Clusters, Hashing, Ties
 from multum.step import methods
 from multum.task import call, logits
@@ -59,6 +71,7 @@ SHORT = {
     "distill.Teachers": Teachers(files=OTHER, epochs=0.2),
     "distill.Unlabelled": Unlabelled(epochs=0.2),
     "quantize.Aware": Aware(samples=16, epochs=0.2),
+    "quantize.Binary": Binary(epochs=0.2),
     "quantize.Dynamic": Dynamic(),
     "quantize.FixedPoint": FixedPoint(),
     "quantize.NonUniform": NonUniform(),
