@@ -29,6 +29,7 @@ ROWS = {
     "16 entries, 3.1 bits, no training": ("fashion_mnist", [Clusters(entropy=3.1), Half()]),
     "pairs": ("fashion_mnist", [Clusters(size=2, bits=6, scope="model", entropy=3.2), Logits(epochs=2.0), Half()]),
     "pairs, no training": ("fashion_mnist", [Clusters(size=2, bits=6, scope="model", entropy=3.2), Half()]),
+    "table, pairs, one codebook": ("reuters", [Clusters(size=2, bits=8, include=TABLE)]),
     "table, pairs": ("reuters", [Clusters(size=2, bits=8, scope="channel", include=TABLE)]),
     "table, fours": ("reuters", [Clusters(size=4, bits=8, scope="channel", include=TABLE)]),
     "ties": ("reuters", [Ties(own=False), Logits(epochs=1.0)]),

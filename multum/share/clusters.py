@@ -100,7 +100,7 @@ class Clusters(Step):
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         own = [layer for layer in layers(graph) if "entries" in plan.changes.get(layer.name, ())]
-        importance = self._importance(graph, task)
+        importance = self._importance(graph, task) if any(layer.kind != "embedding" for layer in own) else {}
         scales = {layer.weight: _root(graph.tensor(layer.weight)) if self.scope == "model" else None for layer in own}
         parts: dict[str, list[tuple[Layer, Tensor, Tensor]]] = {}  # the layers of each codebook, with vectors and what their errors count
         for layer in own:

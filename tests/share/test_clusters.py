@@ -142,6 +142,13 @@ def test_the_gradient_of_an_entry_is_the_sum_over_its_weights(task):
     assert book.grad.abs().min() > 0
 
 
+def test_a_table_alone_asks_for_no_gradients(task, monkeypatch):
+    monkeypatch.setattr("multum.share.clusters.Evidence", None)
+    assert list(compress(task, Clusters(include="table")).records[0].changes) == ["table"]
+    with pytest.raises(TypeError):
+        compress(task, Clusters(include="conv"))
+
+
 def test_training_gains(task):
     def off(*steps):
         ours, theirs = (graph(task.train[0][0]).detach().softmax(1) for graph in (compress(task, list(steps)).graph, task.original))
