@@ -32,7 +32,7 @@ class Logits(Step):
     temperature: float = option(TEMPERATURE, "softens the probabilities of teacher and student; above zero")
     alpha: float = option(ALPHA, "weight of the original's outputs in the loss, 0 to 1; the task's loss has the rest")
     likeness: str = option("soft", "how logits are compared: soft; decoupled (DKD), correlated (DIST), standardized")
-    optimizer: str = option("adamw", "adamw or sgd")
+    optimizer: str = option("adamw", "adamw, which stays near the weights as they are, or sgd: better in ten passes after deep cuts")
     patience: int = option(5, "passes without a better validation score after which training stops; 0: never")
     augment: str | tuple[str, ...] = option((), "what is done to the student's inputs: crop, flip, cutout, mixup, cutmix; tokens")
     average: float = option(0.0, "decay of the mean of past weights, which then is the result, such as 0.999; 0: the weights themselves")

@@ -19,7 +19,7 @@ _LEARNED_QUANTIZERS = (
 )
 
 
-_DECAYS = {"adamw": 0.01, "sgd": 5e-4}
+_DEFAULTS = {"adamw": {"weight_decay": 0.01, "clip": 1.0}, "sgd": {"weight_decay": 5e-4, "clip": 5.0}}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Training:
 
     `warmup` is a share of all steps; `clip` bounds the norm of the gradient (0: not at all); `patience` is the number of
     passes without a better validation score after which training stops (0: never); in `memory` MB the teacher's answers are kept for
-    the passes to come. `weight_decay` when not given: 0.01 for adamw, and for sgd, where it acts through the gradient, 5e-4.
+    the passes to come. When not given, `weight_decay` and `clip` are 0.01 and 1 for adamw; for sgd, whose decay acts through the
+    gradient and whose steps grow with it, 5e-4 and 5.
     """
 
     epochs: float = 1.0
@@ -36,18 +37,21 @@ class Training:
     optimizer: str = "adamw"
     weight_decay: float | None = None
     warmup: float = 0.05
-    clip: float = 1.0
+    clip: float | None = None
     patience: int = 5
     memory: float = 256.0
 
     def __post_init__(self) -> None:
-        if self.optimizer not in _DECAYS:
+        if self.optimizer not in _DEFAULTS:
             raise TrainError(f"The optimizer is {self.optimizer!r}.", "'adamw' or 'sgd'")
+        for name, value in _DEFAULTS[self.optimizer].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name in ("epochs", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TrainError(f"{name} is {getattr(self, name)!r}.", "a number above zero")
         for name, most in (("weight_decay", math.inf), ("warmup", 1.0), ("clip", math.inf), ("patience", math.inf), ("memory", math.inf)):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= most:
+            if not 0 <= getattr(self, name) <= most:
                 raise TrainError(f"{name} is {getattr(self, name)!r}.", f"a number from 0 to {most}")
 
     def remembered(self) -> float:
@@ -70,8 +74,7 @@ def optimizer(graph: Graph, how: Training, device: torch.device) -> torch.optim.
     """
     decaying = {layer.weight for layer in layers(graph) if layer.kind in ("conv", "linear", "rnn")}
     learned = {id(scale) for scale in scales(graph)} if how.optimizer == "adamw" else set()
-    decay = _DECAYS[how.optimizer] if how.weight_decay is None else how.weight_decay
-    rows: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay} for weight_decay in (0.0, decay)]
+    rows: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay} for weight_decay in (0.0, how.weight_decay)]
     for name, parameter in graph.tensors.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -131,6 +131,8 @@ def default_rate(graph: Graph, optimizer: str) -> float:
 
     Batch normalization makes the outputs independent of the scale of the weights, so that large steps do no harm.
     Without it, in transformers and where it was folded before quantization, they destroy what is there.
+    With it SGD goes far from the old minimum, and in ten passes to a better one than AdamW, which stays near.
     """
-    rate = 1e-3 if graph.find(aten.batch_norm.default) else 1e-4
-    return rate * 10 if optimizer == "sgd" else rate
+    if not graph.find(aten.batch_norm.default):
+        return 1e-3 if optimizer == "sgd" else 1e-4
+    return 0.05 if optimizer == "sgd" else 1e-3

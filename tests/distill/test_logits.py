@@ -91,7 +91,8 @@ def test_the_default_rate_is_smaller_without_batch_normalization() -> None:
     with_norm, without = capture(Net(), torch.randn(2, 6)), capture(nn.Linear(6, 3), torch.randn(2, 6))
     assert default_rate(with_norm, "adamw") == pytest.approx(1e-3)
     assert default_rate(without, "adamw") == pytest.approx(1e-4)
-    assert default_rate(with_norm, "sgd") == pytest.approx(1e-2)
+    assert default_rate(with_norm, "sgd") == pytest.approx(0.05)
+    assert default_rate(without, "sgd") == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize(

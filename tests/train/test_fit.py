@@ -296,5 +296,6 @@ def test_sgd_decays_weights_less_than_adamw_does_since_its_decay_is_a_gradient()
     for name, decay in (("adamw", 0.01), ("sgd", 5e-4)):
         rows = of_parameters(graph, Training(optimizer=name), torch.device("cpu")).param_groups
         assert [row["weight_decay"] for row in rows] == [0.0, decay]
+    assert (Training().clip, Training(optimizer="sgd").clip, Training(optimizer="sgd", clip=0.0).clip) == (1.0, 5.0, 0.0)
     given = of_parameters(graph, Training(optimizer="sgd", weight_decay=0.0), torch.device("cpu"))
     assert [row["weight_decay"] for row in given.param_groups] == [0.0, 0.0]
