@@ -2,10 +2,11 @@
 
     python bench/int8.py [resnet20 minilm ...]        # networks of bench/trained.py, all when none is named
     python bench/int8.py --bits 4 [...]               # 4-bit weights and 8-bit activations, without the peers
+    python bench/int8.py --steps "Equalize(), Static()" [...]    # any steps of multum.quantize, without the peers; sizes of the files too
 
 All get the same calibration batches; files are run on the test data, one thread: ours by ONNX Runtime and by OpenVINO, NNCF's by OpenVINO,
-ONNX Runtime's by itself. Agreement is that of the likeliest class with the network in float. NNCF's second row is its preset for
-transformers, which its user has to ask for. Needs nncf 3.4.0 (pip install nncf) for its rows.
+ONNX Runtime's by itself. Agreement is that of the likeliest class with the network in float; of EfficientNet also on all photos. NNCF's
+second row is its preset for transformers, which its user has to ask for. Needs nncf 3.4.0 (pip install nncf) for its rows.
 """
 
 import argparse
@@ -19,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from trained import NETWORKS
+from trained import NETWORKS, photos
 
 import multum
-from multum.quantize import Static
+from multum import quantize
 from multum.task import calibration, call, labels
 
 SAMPLES = 256
@@ -94,12 +95,15 @@ def scored(task: multum.Task, predict) -> tuple[float, torch.Tensor]:
     return score, torch.cat(seen)
 
 
-def rows(task: multum.Task, step: multum.Step, peers: bool):
+def rows(task: multum.Task, steps: list[multum.Step], peers: bool):
     """A row for each file and engine: name, how to predict with it, seconds that it took to make."""
     with tempfile.TemporaryDirectory() as name:
         folder, start = Path(name), time.process_time()
-        ours = multum.export(multum.compress(task, step).graph, folder / "multum.onnx")
+        result = multum.compress(task, steps)
+        ours = multum.export(result.graph, folder / "multum.onnx")
         took = time.process_time() - start
+        if not peers:
+            print(f"  ONNX {ours.stat().st_size:,} bytes, .mip {multum.save(result, folder / 'multum.mip', task):,}", flush=True)
         for engine in ("onnxruntime", "openvino"):
             yield f"multum, {engine}", multum.Session(ours, engine=engine, threads=1).predict, took
         if not peers:
@@ -126,22 +130,28 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("networks", nargs="*")
     parser.add_argument("--bits", type=int, default=8)
+    parser.add_argument("--steps")
     parser.add_argument("--out", help="a file to which a line of JSON is added for each row")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    step, drops = Static(weight_bits=given.bits), dict[str, list[float]]()
+    steps = list(eval(f"[{given.steps}]", dict(vars(quantize)))) if given.steps else [quantize.Static(weight_bits=given.bits)]
+    peers, drops = given.bits == 8 and not given.steps, dict[str, list[float]]()
     for name in given.networks or NETWORKS:
         task = NETWORKS[name]()
         with torch.inference_mode():
             before, right = scored(task, lambda inputs, graph=task.original: call(graph, inputs))
         print(f"{name}: {before:.2f} in float, {len(right):,} labels", flush=True)
-        for tool, predict, seconds in rows(task, step, peers=given.bits == 8):
+        for tool, predict, seconds in rows(task, steps, peers):
             score, found = scored(task, predict)
             agreement = 100 * float((found == right).float().mean())
             drops.setdefault(tool, []).append(before - score)
             print(f"  {tool:20} {score:.2f}, drop {before - score:.2f}, agreement {agreement:.2f} %, {seconds:.0f} s", flush=True)
+            if name == "efficientnet":
+                with torch.inference_mode():
+                    same = [labels(predict(images)) == labels(call(task.original, images)) for images, _ in photos()]
+                print(f"    all photos: {100 * float(torch.cat(same).float().mean()):.2f} % of {len(torch.cat(same))}", flush=True)
             if given.out:
-                row = {"network": name, "bits": given.bits, "tool": tool, "before": before, "score": score, "agreement": agreement}
+                row = vars(given) | {"network": name, "tool": tool, "before": before, "score": score, "agreement": agreement}
                 with Path(given.out).open("a") as file:
                     file.write(json.dumps(row) + "\n")
     for tool, several in drops.items():

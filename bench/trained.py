@@ -12,7 +12,7 @@ import gzip
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -82,6 +82,17 @@ def reuters() -> tuple[Tensor, ...]:
     del sys.modules["data"]
     (a, y), (b, z) = parts["train"], parts["test"]
     return a["input_ids"], y, b["input_ids"], z
+
+
+def photos() -> Iterable[tuple[Tensor, Tensor]]:
+    """All pictures of the photos example, whether they have a class or not."""
+    sys.path.insert(0, str(ROOT / "examples/imagenet_photos"))
+    import data
+
+    sys.path.pop(0)
+    found = data.Batches(data.rows()[1]["photos"], 16)
+    del sys.modules["data"]
+    return found
 
 
 def outlines() -> tuple[Tensor, ...]:
