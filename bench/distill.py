@@ -30,6 +30,7 @@ from multum.distill import (
     Elastic,
     Hidden,
     Logits,
+    Relations,
     Self,
     affinity,
     exits,
@@ -133,15 +134,17 @@ def shallow(depth: float, task: multum.Task) -> nn.Module:
     return student(task.original, width=1.0, depth=depth)
 
 
+ENERGY = partial(Hidden, loss="attention")
 STANDARDIZED, CORRELATED = partial(Logits, likeness="standardized"), partial(Logits, likeness="correlated")
+OTHER = {"hidden": Hidden, "relations": Relations, "standardized": STANDARDIZED, "correlated": CORRELATED}
 
 # the task, the student, passes and learning rate (the default when None), and what else than plain soft labels is tried
 PAIRS = {
-    "resnet": (fashion, narrow, 8.0, None, {"standardized": STANDARDIZED, "hidden": Hidden}),
+    "resnet": (fashion, narrow, 2.0, None, {"hidden": Hidden, "attention": ENERGY, "standardized": STANDARDIZED}),
     "mobile": (fashion, partial(fresh, Separable), 6.0, 3e-3, {"standardized": STANDARDIZED, "hidden": Hidden}),
     "minilm-3": (reuters, partial(shallow, 1 / 2), 1.0, None, {"standardized": STANDARDIZED, "attention": Attention}),
     "minilm-2": (reuters, partial(shallow, 1 / 3), 1.0, None, {"standardized": STANDARDIZED, "attention": Attention}),
-    "vowels": (vowels, partial(fresh, partial(Vowels, 6, 2)), 240.0, 3e-3, {"standardized": STANDARDIZED, "correlated": CORRELATED}),
+    "vowels": (vowels, partial(fresh, partial(Vowels, 6, 2)), 60.0, 3e-3, OTHER),
 }
 
 
