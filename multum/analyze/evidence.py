@@ -16,6 +16,7 @@ from ..graph.watch import Watch
 from ..task import Task, batch_size, call, first, rows, tensors, total
 from ..train import arrange
 
+_LOOKED_UP = 1 << 16  # samples whose look-ups are counted
 _PIECE = 16  # samples that are pulled at together
 GRAMS = 1 << 29  # bytes of grams that are held at once
 Pull = Callable[[list[Tensor], Any, Any], Sequence[Tensor | None]]  # (floating-point outputs, all outputs, targets) -> gradients
@@ -104,6 +105,47 @@ class Evidence:
         """The same about zero instead of the means."""
         gram, mean, count = self.moments(layer)
         return gram + count * mean[:, :, None] * mean[:, None]
+
+    def counts(self, layer: Layer) -> Tensor:
+        """How often each row of a table of embeddings is looked up, in all training data if there are any [rows]."""
+        node, rows_ = layer.node.args[1], self.graph.tensor(layer.weight).shape[0]
+        assert isinstance(node, fx.Node)
+        found = torch.zeros(rows_, dtype=torch.double, device=self.device)
+        part = "calibration" if self.task.train is None else "train"
+
+        def see(_: fx.Node, value: Tensor) -> None:
+            found.add_(torch.bincount(value.flatten(), minlength=rows_))
+
+        watch = Watch(self.graph.eval(), [node], see)
+        with torch.no_grad():
+            for inputs, _ in first(self.task, part, _LOOKED_UP):
+                watch(arrange(inputs, self.device))
+        return found
+
+    def pulls(self, chosen: Sequence[Layer]) -> dict[str, Tensor]:
+        """The second moments, by layer, of the gradients at its results [outputs, outputs]: what an error there costs the outputs.
+
+        Random directions are pulled back from the outputs, as for `curvature`; no labels are needed.
+        """
+        graph, random = self.graph.copy().requires_grad_(True).eval(), torch.Generator().manual_seed(self.task.seed)
+        nodes = {node.name: node for node in graph.fx.nodes}
+        graph.tap([nodes[layer.node.name] for layer in chosen])
+        found: dict[str, Tensor] = {}
+        for inputs, _, _ in self._batches("calibration"):
+            outputs = [output for output in tensors(call(graph, inputs)) if output.requires_grad]
+            given = [
+                (
+                    torch.randn(output.shape, generator=random, dtype=output.dtype)
+                    / output.detach().square().mean().sqrt().clamp_min(1e-12).cpu()
+                )
+                for output in outputs
+            ]
+            pulled = torch.autograd.grad(outputs, graph.tapped, [g.to(self.device) for g in given], allow_unused=True)
+            for layer, tapped, gradient in zip(chosen, graph.tapped, pulled, strict=True):
+                value = torch.zeros_like(tapped) if gradient is None else gradient
+                flat = value.transpose(0, 1).flatten(1) if layer.kind == "conv" else value.reshape(-1, value.shape[-1]).T
+                found[layer.name] = found.get(layer.name, 0) + (flat @ flat.T).double()
+        return found
 
     def moments(self, layer: Layer) -> tuple[Tensor, Tensor, int]:
         """`gram`, the means that it is about [groups, height], and the number of columns."""

@@ -21,6 +21,7 @@ _MULTIPLES = (32, 16, 8, 4, 2)
 _LIKED = 1.03  # times the least time per channel is as good as the least
 
 Settings = tuple[Any, ...]
+Part = tuple[Any, ...]  # an operator of a chain: its name and what it depends on
 
 
 class Latencies:
@@ -93,48 +94,74 @@ def _each(value: Any, count: int) -> tuple[int, ...]:
 
 @cache
 def _measured(settings: Settings, weight: tuple[int, ...], threads: int) -> float:
-    """Milliseconds, the median of some runs."""
+    """Milliseconds of one layer, the median of some runs."""
+    shape_in, part = _part(settings, weight)
+    return chains(shape_in, ((part,),), threads)[0]
+
+
+def whole(graph: Graph, layer: Layer) -> tuple[tuple[int, ...], Part]:
+    """The shape of what a layer reads, for one sample, and the layer as a part of a chain."""
+    outputs, inputs = layer.axis, 1 - layer.axis
+    sizes = graph.tensor(layer.weight).shape
+    return _part(_settings(layer), (sizes[outputs], sizes[inputs], *sizes[2:]))
+
+
+@cache
+def chains(shape_in: tuple[int, ...], which: tuple[tuple[Part, ...], ...], threads: int = 1) -> tuple[float, ...]:
+    """Milliseconds of chains of operators that read an input of this shape, in ONNX Runtime; medians of runs in turn.
+
+    A part is ("linear", outputs, inputs), ("conv", sizes of the weight, strides, pads, dilations, groups), ("reshape", sizes) or
+    ("permute", dimensions). What was measured once is not measured again.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    model, feed = _model(settings, weight)
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    times: list[float] = []
+    sessions = [ort.InferenceSession(_model(shape_in, parts), options, providers=["CPUExecutionProvider"]) for parts in which]
+    feed = {"x": np.random.default_rng(0).standard_normal(shape_in).astype(np.float32)}
+    times: list[list[float]] = [[] for _ in which]
     end = float("inf")
     for run in range(_RUNS[1]):
-        begin = time.perf_counter()
-        session.run(None, {"x": feed})
-        times.append(time.perf_counter() - begin)
+        for own, session in zip(times, sessions, strict=True):
+            begin = time.perf_counter()
+            session.run(None, feed)
+            own.append(time.perf_counter() - begin)
         if run == 1:  # these two do not count
-            times, end = [], time.perf_counter() + _SECONDS
-        elif len(times) >= _RUNS[0] and time.perf_counter() > end:
+            times, end = [[] for _ in which], time.perf_counter() + _SECONDS * len(which)
+        elif len(times[0]) >= _RUNS[0] and time.perf_counter() > end:
             break
-    return 1e3 * statistics.median(times)
+    return tuple(1e3 * statistics.median(own) for own in times)
 
 
-def _model(settings: Settings, weight: tuple[int, ...]) -> tuple[bytes, npt.NDArray[np.float32]]:
-    """An ONNX model of the one layer, and an input for it."""
+def _part(settings: Settings, weight: tuple[int, ...]) -> tuple[tuple[int, ...], Part]:
+    if settings[0] == "linear":
+        return (1, max(1, settings[1]), weight[1]), ("linear", weight[0], weight[1])
+    _, sizes, strides, padding, dilations, groups = settings
+    groups = weight[0] if groups > 1 and weight[1] == 1 else groups
+    outputs = max(1, weight[0] // groups) * groups
+    return (1, weight[1] * groups, *sizes), ("conv", (outputs, *weight[1:]), strides, padding * 2, dilations, groups)
+
+
+def _model(shape_in: tuple[int, ...], parts: tuple[Part, ...]) -> bytes:
+    """An ONNX model of a chain."""
     from onnx import TensorProto, helper, numpy_helper
 
-    random = np.random.default_rng(0)
-    if settings[0] == "linear":
-        shape_in: tuple[int, ...] = (1, max(1, settings[1]), weight[1])
-        values, node = random.standard_normal((weight[1], weight[0])), helper.make_node("MatMul", ["x", "w"], ["y"])
-    else:
-        _, sizes, strides, padding, dilations, groups = settings
-        groups = weight[0] if groups > 1 and weight[1] == 1 else groups
-        outputs = max(1, weight[0] // groups) * groups
-        shape_in, values = (1, weight[1] * groups, *sizes), random.standard_normal((outputs, *weight[1:]))
-        ways = {"strides": strides, "pads": padding * 2, "dilations": dilations, "group": groups}
-        node = helper.make_node("Conv", ["x", "w"], ["y"], **ways)
-    graph = helper.make_graph(
-        [node],
-        "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape_in)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(values.astype(np.float32), "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return model.SerializeToString(), random.standard_normal(shape_in).astype(np.float32)
+    random, nodes, held = np.random.default_rng(0), [], []
+    for place, (kind, *rest) in enumerate(parts):
+        names, last = [f"v{place}" if place else "x", f"w{place}"], f"v{place + 1}" if place + 1 < len(parts) else "y"
+        value: npt.NDArray[Any] | None = None
+        made: tuple[str, dict[str, Any]] = ("Transpose", {"perm": rest[0]})
+        if kind == "linear":
+            value, made = random.standard_normal((rest[1], rest[0])).astype(np.float32), ("MatMul", {})
+        elif kind == "conv":
+            value = np.asarray(random.standard_normal(rest[0]), np.float32)
+            made = ("Conv", dict(zip(("strides", "pads", "dilations", "group"), rest[1:], strict=True)))
+        elif kind == "reshape":
+            value, made = np.array(rest[0], np.int64), ("Reshape", {})
+        if value is not None:
+            held.append(numpy_helper.from_array(value, names[1]))
+        nodes.append(helper.make_node(made[0], names[: 1 + (value is not None)], [last], **made[1]))
+    ends = [helper.make_tensor_value_info(*end) for end in (("x", TensorProto.FLOAT, shape_in), ("y", TensorProto.FLOAT, None))]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], held)
+    return bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString())

@@ -18,13 +18,16 @@ class Curve:
     """What a layer loses and costs at each choice of its ranks.
 
     `lost` [choices] is the share of the energy of its outputs that is lost, `costs` [choices] what the factors cost, `ranks`
-    [choices, parts] are the choices; `whole` is the cost of the layer as it is.
+    [choices, parts] are the choices; `whole` is the cost of the layer as it is. `full` are the ranks of which more are of no use, the
+    largest choices where it is not given; `note` says why there are no choices, or not all.
     """
 
     lost: Tensor
     costs: Tensor
     ranks: Tensor
     whole: float
+    full: tuple[int, ...] = ()
+    note: str = ""
 
     @property
     def pays(self) -> Tensor:
@@ -36,8 +39,17 @@ class Curve:
         """What the cheapest choice costs, or the layer, when that is cheaper."""
         return min(self.whole, float(self.costs.min()))
 
+    @property
+    def of(self) -> list[int]:
+        """The full ranks."""
+        return list(self.full) or [int(rank) for rank in self.ranks.amax(0)]
+
     def rank(self, choice: int) -> list[int]:
         return [int(rank) for rank in self.ranks[choice]]
+
+    def nearest(self, ranks: Sequence[int]) -> int:
+        """The choice nearest to these ranks."""
+        return int((self.ranks - torch.tensor(ranks)).abs().sum(1).argmin())
 
 
 def lost(energy: Tensor) -> Tensor:
@@ -73,13 +85,14 @@ def by_budget(curves: Mapping[str, Curve], share: float) -> dict[str, int]:
     """The choices that lose least, each layer's share of energy summed, when all layers cost at most `share` of what they do.
 
     A layer that stays whole is left out. One price for cost is sought at which every layer chooses for itself (Everett
-    1963); the result is the best of those at such prices. Raises StepError when even rank one everywhere costs too much.
+    1963); what that leaves of the budget goes where it saves most for what it costs. Raises
+    StepError when even the cheapest ranks cost too much.
     """
     whole = sum(curve.whole for curve in curves.values())
     least = sum(curve.least for curve in curves.values())
     if least > share * whole:
         raise StepError(
-            f"A share of {share} is out of reach: at rank one everywhere {least / whole:.3f} is left.",
+            f"A share of {share} is out of reach: at the cheapest ranks everywhere {least / whole:.3f} is left.",
             "a share above that",
             "ask for less, or name more layers in include",
         )
@@ -89,7 +102,25 @@ def by_budget(curves: Mapping[str, Curve], share: float) -> dict[str, int]:
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if _cost(curves, _choose(curves, middle / whole)) <= share * whole else (middle, high)
-    return _choose(curves, high / whole)
+    return _filled(curves, _choose(curves, high / whole), share * whole)
+
+
+def _filled(curves: Mapping[str, Curve], choices: dict[str, int], budget: float) -> dict[str, int]:
+    """The same with better choices while some fit: the one that saves most for what it costs comes first."""
+    choices = dict(choices)
+    while True:
+        left, best = budget - _cost(curves, choices), (0.0, "", 0)
+        for name, choice in choices.items():
+            curve = curves[name]
+            lost, costs = (torch.cat([part, torch.tensor([end])]) for part, end in ((curve.lost, 0.0), (curve.costs, curve.whole)))
+            more = costs - costs[choice]
+            saved = (lost[choice] - lost).masked_fill((more <= 0) | (more > left), 0) / more.clamp_min(1e-30)
+            best = max(best, (float(saved.max()), name, int(saved.argmax())))
+        if best[0] <= 0:
+            return choices
+        choices[best[1]] = best[2]
+        if best[2] == len(curves[best[1]].lost):
+            del choices[best[1]]
 
 
 def _choose(curves: Mapping[str, Curve], price: float) -> dict[str, int]:

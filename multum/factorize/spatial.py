@@ -36,6 +36,9 @@ class Spatial(Factorization):
         energy = spectrum(_matrix(weight), _by_columns(weight, second))[0]
         return one(energy, weight.numel() * last, inputs * height * first + outputs * width * last)
 
+    def unfoldings(self, layer: Layer, weight: Tensor) -> list[Tensor]:
+        return [_matrix(weight)]
+
     def links(self, layer: Layer, weight: Tensor, second: Tensor | None, ranks: Sequence[int]) -> list[Link]:
         (outputs, inputs, height, width), rank = weight.shape, ranks[0]
         matrix = _matrix(weight)
@@ -50,13 +53,13 @@ class Spatial(Factorization):
         rest = [[part if isinstance(part, str) else part[dim] for part in parts] for dim in (0, 1)]
         return [
             Link(
-                layer.node.target, factor, tuple(_along(value, dim, dim_rest) for value, dim_rest in zip(rest[dim], (1, 0, 1), strict=True))
+                layer.node.target, factor, tuple(along(value, dim, dim_rest) for value, dim_rest in zip(rest[dim], (1, 0, 1), strict=True))
             )
             for dim, factor in enumerate((inner, outer))
         ]
 
 
-def _along(value: int | str, dim: int, otherwise: int) -> list[int] | str:
+def along(value: int | str, dim: int, otherwise: int) -> list[int] | str:
     """An argument of a convolution that has it along one dimension only."""
     return value if isinstance(value, str) else [value if other == dim else otherwise for other in (0, 1)]
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..graph import Layer
-from ..graph.matrix import to_matrix
 from ..graph.model import aten
 from .chain import Link
 from .method import Factorization, positions
@@ -31,17 +30,20 @@ class SVD(Factorization):
     kinds: ClassVar[Sequence[str]] = ("conv", "linear", "embedding")
 
     def curve(self, layer: Layer, weight: Tensor, second: Tensor | None, macs: bool) -> Curve:
-        matrix, factor = _matrix(layer, weight), positions(layer) if macs else 1
+        matrix, factor = weight.flatten(1), positions(layer) if macs else 1
         return one(spectrum(matrix, second)[0], matrix.numel() * factor, sum(matrix.shape) * factor)
 
+    def unfoldings(self, layer: Layer, weight: Tensor) -> list[Tensor]:
+        return [weight.flatten(1)]
+
     def links(self, layer: Layer, weight: Tensor, second: Tensor | None, ranks: Sequence[int]) -> list[Link]:
-        matrix = _matrix(layer, weight)
+        matrix = weight.flatten(1)
         outer = spectrum(matrix, second)[1][:, : ranks[0]]
         inner = outer.T @ matrix
         root = inner.norm(dim=1, keepdim=True).sqrt().clamp_min(1e-30)
         outer, inner = outer * root.T, inner / root
         if layer.kind == "embedding":
-            return [Link(aten.embedding.default, outer, tuple(layer.node.args[2:])), Link(aten.linear.default, inner.T)]
+            return [Link(aten.embedding.default, inner.T, tuple(layer.node.args[2:])), Link(aten.linear.default, outer)]
         if layer.kind == "linear":
             return [Link(aten.linear.default, inner), Link(aten.linear.default, outer)]
         point = getattr(aten, f"conv{weight.ndim - 2}d").default
@@ -55,16 +57,14 @@ class SVD(Factorization):
 def spectrum(matrix: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
     """The energy of a matrix [outputs, height], or of its outputs on inputs with these second moments, by leading directions.
 
-    Gives min(outputs, height) energies, largest first, and the directions [outputs, that many].
+    Columns that stand alone count by how often they are met [height]. Gives min(outputs, height) energies, largest first, and the
+    directions [outputs, that many].
     """
     count = min(matrix.shape)
+    if second is not None and second.ndim == 1:
+        matrix, second = matrix * second.sqrt(), None
     if second is None and matrix.shape[0] > matrix.shape[1]:
         left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
         return values.square(), left
     values, vectors = torch.linalg.eigh(matrix @ matrix.T if second is None else matrix @ second.double() @ matrix.T)
     return values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count]
-
-
-def _matrix(layer: Layer, weight: Tensor) -> Tensor:
-    """The weight as [outputs, height]; of an embedding, a row for each entry."""
-    return weight if layer.kind == "embedding" else to_matrix(layer, weight)[0]

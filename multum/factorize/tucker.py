@@ -38,6 +38,9 @@ class Tucker(Factorization):
         energies = _inner(weight, second)[0], spectrum(weight.flatten(1), second)[0]
         return two(energies, weight.numel() * after, (inputs * before, window * after, outputs * after))
 
+    def unfoldings(self, layer: Layer, weight: Tensor) -> list[Tensor]:
+        return [weight.transpose(0, 1).flatten(1), weight.flatten(1)]
+
     def links(self, layer: Layer, weight: Tensor, second: Tensor | None, ranks: Sequence[int]) -> list[Link]:
         _, down, up = _inner(weight, second)
         down, up = down[: ranks[0]], up[:, : ranks[0]]
@@ -58,13 +61,19 @@ class Tucker(Factorization):
 
 def _inner(weight: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The energy by leading directions of the input channels [inputs], the map to these directions [inputs, inputs], and back."""
-    inputs, window = weight.shape[1], weight[0, 0].numel()
     pulled = torch.einsum("oik,ojk->ij", weight.flatten(2), weight.flatten(2))
-    eye = torch.eye(inputs, dtype=weight.dtype, device=weight.device)
-    power = eye if second is None else second.double().reshape(inputs, window, inputs, window).diagonal(dim1=1, dim2=3).mean(2)
-    root = torch.linalg.cholesky(power + _DAMP * power.diagonal().mean().clamp_min(1e-30) * eye)
+    root = rooted(weight, second)
     values, vectors = torch.linalg.eigh(root.T @ pulled @ root)
     vectors = vectors.flip(1)
     down = torch.linalg.solve_triangular(root.T, vectors, upper=True).T
     sizes = down.norm(dim=1, keepdim=True)
     return values.flip(0).clamp_min(0), down / sizes, root @ vectors * sizes.T
+
+
+def rooted(weight: Tensor, second: Tensor | None) -> Tensor:
+    """The lower triangular root of the second moments of the input channels [inputs, inputs], mean over the window; else one."""
+    inputs, window = weight.shape[1], weight[0, 0].numel()
+    eye = torch.eye(inputs, dtype=weight.dtype, device=weight.device)
+    power = eye if second is None else second.double().reshape(inputs, window, inputs, window).diagonal(dim1=1, dim2=3).mean(2)
+    found: Tensor = torch.linalg.cholesky(power + _DAMP * power.diagonal().mean().clamp_min(1e-30) * eye)
+    return found

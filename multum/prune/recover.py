@@ -71,7 +71,7 @@ def recover_cut(graph: Graph, original: Graph, keep: Keep, task: Task, samples: 
 
     def select(node: fx.Node, value: Tensor) -> Tensor:
         for dim, axis in enumerate(groups.results[node]):
-            if groups.size(axis, keep) != axis.size:
+            if groups.size(axis, keep) != axis.size == value.shape[dim]:  # else the axis is one with that of the samples
                 value = value.index_select(dim, groups.mask(axis, keep).nonzero().flatten().to(value.device))
         return value
 
@@ -135,6 +135,8 @@ def _refit(graph: Graph, layer: Layer, sweep: Sweep, wanted: list[Tensor], fit: 
     weight = graph.tensor(layer.weight).detach()
     shifts = layer.bias is not None or _feeds_norm(layer.node)
     given = sweep.run(layer.node)
+    if any(y.shape != now.shape for y, now in zip(wanted, given, strict=True)):
+        return  # channels that went lie along the samples: what is left of them is not told apart
     errors = _sums((layer, weight.shape), sweep.values[data(layer)], [y - now for y, now in zip(wanted, given, strict=True)], shifts)
     before = to_matrix(layer, weight)
     after = fit(before, errors)

@@ -8,7 +8,7 @@ from torch import nn
 
 from multum import Task, capture
 from multum.errors import StepError
-from multum.factorize import SVD
+from multum.factorize import CP, SVD, Spatial, TensorTrain, Tucker
 from multum.factorize.ranks import by_budget, by_energy, one, two
 from multum.graph import layers
 from multum.quantize import WeightOnly
@@ -137,3 +137,46 @@ def test_energy_is_kept():
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(StepError):
         SVD(**options)
+
+
+class Looked(nn.Module):
+    """Sums of looked-up rows, of which the second half of the entries counts for little."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(60, 16), nn.Linear(16, 4, bias=False)
+        self.head.weight.data[:, 8:] *= 0.01
+
+    def forward(self, x):
+        return self.head(self.table(x).sum(1))
+
+
+def test_rows_count_by_how_often_they_are_looked_up_and_errors_by_what_they_cost():
+    batches = [(torch.randint(0, 8, (64, 5), generator=torch.Generator().manual_seed(s)), torch.zeros(64)) for s in range(2)]
+    task = Task(Looked().eval(), batches[0][0][:2], train=batches)
+    wanted, off = task.original(batches[0][0]), []
+    for options in ({"samples": 0}, {}, {"weighting": "outputs"}):
+        graph = compress(task, SVD(rank=4, include="table", **options)).graph
+        off.append(float(((graph(batches[0][0]) - wanted).norm() / wanted.norm()).detach()))
+    assert off[1] < 0.8 * off[0]  # 8 of 60 rows are met
+    assert off[2] < 0.3 * off[1]  # four of 16 directions are all that the outputs see
+
+
+@pytest.mark.parametrize("step", [SVD, Spatial, Tucker, CP])
+def test_what_errors_cost_the_outputs_counts_for_every_chain(step):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 24, 3), nn.Conv2d(24, 6, 1))
+    model[1].weight.data[:, 4:] *= 0.03
+    batches = [(torch.randn(16, 8, 8, 8), torch.zeros(16))] * 2
+    task, off = Task(model.eval(), batches[0][0][:2], calibration=batches), []
+    wanted = task.original(batches[0][0])
+    for weighting in ("inputs", "outputs"):
+        graph = compress(task, step(parameters=0.4, include="0", weighting=weighting)).graph
+        off.append(float(((graph(batches[0][0]) - wanted).norm() / wanted.norm()).detach()))
+    assert off[1] < 0.7 * off[0]
+
+
+def test_a_train_knows_nothing_of_outputs():
+    with pytest.raises(StepError, match="a train is nearest to its weight alone"):
+        TensorTrain(weighting="outputs")

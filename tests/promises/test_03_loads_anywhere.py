@@ -14,7 +14,7 @@ import torch
 import multum
 from multum.distill import Assistant, Attention, DataFree, Elastic, Hidden, Logits, Peers, Relations, Self, Tasks, Teachers, Unlabelled
 from multum.errors import StepError
-from multum.factorize import SVD, Spatial, Tucker
+from multum.factorize import CP, SVD, Quantized, Spatial, TensorTrain, Tucker
 from multum.lighten import Activations as Cheap
 from multum.lighten import Merge, Reparameterize, Replace, Scale
 from multum.pack import describe
@@ -54,6 +54,9 @@ SHORT = {
     "distill.DataFree": DataFree(samples=16, batch=16, descent=2),
     "distill.Elastic": Elastic(widths=(0.5,), epochs=0.2),
     "distill.Hidden": Hidden(epochs=0.2),
+    "factorize.CP": CP(rank=8, rounds=60, samples=16),
+    "factorize.Quantized": Quantized(rank=2, rounds=2, samples=16),
+    "factorize.TensorTrain": TensorTrain(parameters=0.6, samples=16),
     "factorize.SVD": SVD(parameters=0.5),
     "factorize.Spatial": Spatial(parameters=0.6, samples=16),
     "factorize.Tucker": Tucker(parameters=0.6, samples=16),
