@@ -113,6 +113,8 @@ def minilm(epochs: Sequence[float] = (0.0,)) -> None:
     task = example("reuters")
     before = 96.48  # examples/reuters, bench/RESULTS.md
     for passes in epochs:
+        if not passes:
+            scored(task, [SVD(macs=0.5, samples=200)], "minilm, by energy", before)
         steps: list[Step] = [SVD(macs=0.5, loss="outputs", weighting="outputs", samples=200)]
         scored(task, [*steps, *([Logits(epochs=passes)] if passes else [])], f"minilm, {passes:g} passes", before)
 
@@ -121,7 +123,9 @@ def embeddings() -> None:
     task = example("reuters")
     only = {"include": "*word_embeddings"}
     for name, steps in {
-        "SVD of rank 94, 4.0x": [SVD(rank=94, weighting="outputs", samples=200, **only)],
+        "SVD of rank 94 of the weights alone, 4.0x": [SVD(rank=94, samples=0, **only)],
+        "SVD of rank 94 by counts, 4.0x": [SVD(rank=94, samples=200, **only)],
+        "SVD of rank 94 by counts and what errors cost, 4.0x": [SVD(rank=94, weighting="outputs", samples=200, **only)],
         "SVD of rank 188 in 8 bits, 8.0x": [
             SVD(rank=188, weighting="outputs", samples=200, **only),
             WeightOnly(bits=8, include="*word_embeddings.factor*"),
