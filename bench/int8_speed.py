@@ -3,7 +3,8 @@
     python bench/int8_speed.py --make [resnet18 minilm]     # writes the files under out/bench/int8_speed, those that are not there
     python bench/int8_speed.py [resnet18 minilm]            # the same, then times them: about a minute for each network
 
-`static` and `dynamic` are quantize.Static and quantize.Dynamic, without options; `nncf` is NNCF's quantization of the same ONNX file, for MiniLM with its preset for transformers. Ratios are to the fastest of
+`static` and `dynamic` are quantize.Static and quantize.Dynamic, without options; `s8s8` has signed activations, `tensor` one scale for all
+of a weight; `nncf` is NNCF's quantization of the same ONNX file, for MiniLM with its preset for transformers. Ratios are to the fastest of
 the fp32 files. Needs nncf 3.4.0 for its row.
 """
 
@@ -24,7 +25,7 @@ from multum.runtime.benchmark import verdict
 from multum.runtime.engines import installed
 from multum.task import calibration
 
-STEPS = {"static": Static(), "dynamic": Dynamic()}
+STEPS = {"static": Static(), "s8s8": Static(signed=True), "tensor": Static(per_channel=False), "dynamic": Dynamic()}
 
 
 def resnet18() -> multum.Task:

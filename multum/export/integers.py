@@ -82,11 +82,11 @@ def _weight(graph: Graph, node: fx.Node) -> fx.Node:
     name = str(node.args[0].target) if node.args[0].op == "get_attr" else node.name  # type: ignore[union-attr]
     if f"{name}_integers" in dict(graph.named_tensors()):  # the same weight on another grid
         name = f"{name}_{node.name}"
-    one = read(node, "axis") is None
+    one = read(node, "axis") is None or bool((scale == scale.flatten()[:1]).all() and (zero == zero.flatten()[:1]).all())
     parts = {
         "integers": integers,
-        "scale": scale.reshape(() if one else (-1,)),
-        "zero": _rounded(zero, low, high).to(integers.dtype).reshape(() if one else (-1,)),
+        "scale": scale.flatten()[0] if one else scale.flatten(),
+        "zero": _rounded(zero, low, high).to(integers.dtype).flatten()[0 if one else slice(None)],
     }
     reads = [_buffer(graph, f"{name}_{part}", tensor, node) for part, tensor in parts.items()]
     for user in list(node.users):

@@ -4,6 +4,7 @@ from .activations import Activations
 from .aware import Aware
 from .binary import Binary
 from .dynamic import Dynamic
+from .equalize import Equalize
 from .half import Half
 from .mixed import Mixed
 from .non_uniform import FixedPoint, NonUniform
@@ -12,5 +13,6 @@ from .static import Static
 from .weight_only import WeightOnly
 
 __all__ = [
-    "Activations", "Aware", "Binary", "Dynamic", "FixedPoint", "Half", "Mixed", "NonUniform", "RateDistortion", "Static", "WeightOnly",
+    "Activations", "Aware", "Binary", "Dynamic", "Equalize", "FixedPoint", "Half", "Mixed", "NonUniform", "RateDistortion", "Static",
+    "WeightOnly",
 ]  # fmt: skip

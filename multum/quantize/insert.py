@@ -14,7 +14,7 @@ from ..export.dynamic import quantized_in_calls
 from ..graph import Graph, Layer
 from ..graph.layers import QUANTIZERS, source
 from ..graph.model import aten
-from .grid import Grid, best_scale, full_scale, signed, unsigned
+from .grid import Grid, best_scale, full_scale, signed
 from .placement import Placement
 
 
@@ -55,7 +55,7 @@ def quantize_values(graph: Graph, placement: Placement, parameters: Mapping[str,
         put_scale(graph, root.name, parameters[root.name])
     for value, readers in placement.readers.items():
         name = placement.root(value).name
-        quantize_value(graph, value, name, unsigned(parameters[name]["bits"]), readers)
+        quantize_value(graph, value, name, Grid(parameters[name]["low"], parameters[name]["high"]), readers)
 
 
 def put_scale(graph: Graph, name: str, entry: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import StepError, TaskError
-from ..graph import Graph
+from ..graph import Graph, Layer
+from ..graph.matrix import channel_dim, data
 from ..graph.watch import Watch
 from ..task import Task, batch_size, calibration
 from .grid import Grid, affine
+from .moments import as_rows
 
 _HALF = 4096  # bins on each side of zero
 _KEPT = 0.9999  # share of the values that the percentile range holds
@@ -31,23 +33,30 @@ class Histogram:
         self.counts = torch.zeros(2 * _HALF, dtype=torch.float64)
         self.width = 0.0
         self.low, self.high = float("inf"), float("-inf")
+        self.batches, self.ends = 0, (0.0, 0.0)  # and the sums of the lowest and the highest value of each
         self.widths: dict[int, float] = {}  # of the range that holds nearly all values, by the samples seen until then
 
-    def update(self, x: Tensor) -> None:
-        """Counts the values of x. Raises ValueError when some are NaN or infinite."""
+    def update(self, x: Tensor, importance: Tensor | None = None) -> None:
+        """Counts the values of x, as often as `importance`, which broadcasts with x, says. Raises ValueError when not all are finite."""
         if not x.numel():
             return
         low, high = (float(value) for value in torch.aminmax(x.detach()))
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ValueError("NaN or infinite values")
         self.low, self.high = min(self.low, low), max(self.high, high)
+        self.batches, self.ends = self.batches + 1, (self.ends[0] + low, self.ends[1] + high)
         reach = max(abs(low), abs(high))
         if reach and not self.width:
             self.width = 2.0 ** np.floor(np.log2(reach / _HALF))
         while reach >= _HALF * self.width > 0:
             self._double()
         edge = _HALF * self.width or 1.0
-        self.counts += torch.histc(x.detach().float().cpu(), 2 * _HALF, -edge, edge).double()
+        if importance is None:
+            self.counts += torch.histc(x.detach().float().cpu(), 2 * _HALF, -edge, edge).double()
+        else:
+            places = torch.floor(x.detach().double() * (_HALF / edge)).long().add_(_HALF).clamp_(0, 2 * _HALF - 1)
+            parts = importance.expand_as(x).double().flatten()
+            self.counts += torch.bincount(places.flatten().cpu(), parts.cpu(), 2 * _HALF)
 
     def _double(self) -> None:
         merged = torch.zeros_like(self.counts)
@@ -77,6 +86,11 @@ class Histogram:
 def minmax(histogram: Histogram, grid: Grid) -> tuple[float, float]:
     """All that was seen."""
     return histogram.low, histogram.high
+
+
+def average(histogram: Histogram, grid: Grid) -> tuple[float, float]:
+    """The mean over the batches of what each holds, a moving average with equal parts (Jacob et al. 2018, section 3.1)."""
+    return histogram.ends[0] / max(1, histogram.batches), histogram.ends[1] / max(1, histogram.batches)
 
 
 def percentile(histogram: Histogram, grid: Grid) -> tuple[float, float]:
@@ -129,12 +143,29 @@ def _shrunk(histogram: Histogram, loss: Callable[[float, float], float]) -> tupl
 
 
 OBSERVERS: dict[str, Callable[[Histogram, Grid], tuple[float, float]]] = {
-    "minmax": minmax, "percentile": percentile, "mse": mse, "entropy": entropy,
+    "minmax": minmax, "average": average, "percentile": percentile, "mse": mse, "entropy": entropy, "weighted": mse,
 }  # fmt: skip
 
 
-def observe(graph: Graph, nodes: Iterable[fx.Node], task: Task, samples: int) -> dict[fx.Node, Histogram]:
-    """A histogram of the values of each node on the calibration data, the graph in eval mode.
+def importances(graph: Graph, nodes: Iterable[fx.Node], chosen: Iterable[Layer]) -> dict[fx.Node, Tensor]:
+    """For each value that some of these layers read, what an error of 1 in a channel does to their outputs, squared, to broadcast with it.
+
+    That is what the observer "weighted" counts values by: it looks for the least error behind the weights.
+    """
+    found: dict[fx.Node, Tensor] = {}
+    for layer in chosen:
+        if layer.kind in ("conv", "linear") and (value := data(layer)) in nodes:
+            energy = as_rows(graph.tensor(layer.weight).detach(), layer).square().sum(1)  # [groups, inputs]
+            size = value.meta["val"].shape[channel_dim(layer)]
+            own = energy.reshape(size, -1).sum(1)
+            found[value] = found.get(value, 0) + (own if layer.kind == "linear" else own.reshape(-1, *[1] * (value.meta["val"].ndim - 2)))
+    return {value: own / own.mean().clamp_min(1e-30) for value, own in found.items()}
+
+
+def observe(
+    graph: Graph, nodes: Iterable[fx.Node], task: Task, samples: int, importance: Mapping[fx.Node, Tensor] | None = None
+) -> dict[fx.Node, Histogram]:
+    """A histogram of the values of each node on the calibration data, the graph in eval mode; counted by `importance` where there is one.
 
     `Histogram.sufficed` tells after how many samples the range that holds nearly all values was there to within a twentieth.
     Raises StepError when a value is NaN or infinite, TaskError when the data hold no sample or nothing but one number.
@@ -143,9 +174,9 @@ def observe(graph: Graph, nodes: Iterable[fx.Node], task: Task, samples: int) ->
     entries = {node: Histogram() for node in graph.fx.nodes if node.op == "placeholder"}
 
     def see(node: fx.Node, value: Any) -> None:
-        for histogram in (found[node] for found in (histograms, entries) if node in found):
+        for found in (part for part in (histograms, entries) if node in part):
             try:
-                histogram.update(value)
+                found[node].update(value, (importance or {}).get(node) if found is histograms else None)
             except ValueError:
                 where = node.meta.get("module") or node.name
                 raise StepError(

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from multum.errors import MultumError, StepError, TaskError
+from multum.graph import layers
 from multum.graph.watch import Watch
+from multum.quantize import Static
 from multum.quantize.grid import affine, unsigned
-from multum.quantize.observers import Histogram, entropy, minmax, mse, observe, percentile
+from multum.quantize.observers import Histogram, average, entropy, importances, minmax, mse, observe, percentile
+from multum.step import compress
 from multum.task import Task, calibration
 
 GRID = unsigned(8)
@@ -222,3 +225,40 @@ def found(batches: list[Tensor]) -> Histogram:
     made = Task(nn.Sequential(nn.ReLU(), nn.Linear(100, 2)), batches[0], calibration=[(batch, 0) for batch in batches])
     node = next(node for node in made.original.fx.nodes if node.op == "call_function")
     return observe(made.original, [node], made, 10_000)[node]
+
+
+def test_the_average_range_is_the_mean_over_the_batches_by_hand() -> None:
+    h = Histogram()
+    for batch in ([-1.0, 3.0], [-3.0, 1.0], [0.0, 5.0]):
+        h.update(torch.tensor(batch))
+    assert average(h, GRID) == (pytest.approx(-4 / 3), pytest.approx(3.0))
+
+
+def test_values_count_as_much_as_the_weights_that_they_meet() -> None:
+    model = nn.Sequential(nn.Identity(), nn.Linear(2, 3, bias=False))
+    model[1].weight.data = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
+    x = torch.tensor([[1.0, 2.0], [1.0, 4.0]])
+    task = Task(model.eval(), x, calibration=[(x, 0)])
+    (layer,) = layers(task.original)
+    value = layer.node.args[0]
+    importance = importances(task.original, [value], [layer])
+    torch.testing.assert_close(importance[value], torch.tensor([9.0, 5.0]) / 7)  # sums of squares by column, over their mean
+    centres, counts = observe(task.original, [value], task, 8, importance)[value].bins()
+    assert counts.tolist() == [pytest.approx(18 / 7), pytest.approx(5 / 7), pytest.approx(5 / 7)]
+    assert centres.tolist() == pytest.approx([1.0, 2.0, 4.0], rel=1e-3)
+
+
+def test_the_weighted_range_serves_the_channels_that_matter() -> None:
+    """A large channel that weights hardly read makes the even range wide; the weighted one clips it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
+    model[0].weight.data[0] *= 50
+    model[2].weight.data[:, 0] *= 1e-3
+    x = torch.randn(64, 4, 5, 5)
+    task = Task(model.eval(), x[:2], calibration=[(x, 0)])
+    with torch.no_grad():
+        wrong = [
+            float((compress(task, Static(activation_bits=4, observer=observer)).graph(x) - task.original(x)).square().mean())
+            for observer in ("mse", "weighted")
+        ]
+    assert wrong[1] < 0.5 * wrong[0]

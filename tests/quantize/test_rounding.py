@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from multum.quantize.bound import lower_bound
+from multum.quantize.bound import certify, lower_bound
 from multum.quantize.rounding import ROUNDINGS, Problem, anneal, descend, gptq, nearest, sweep
 
 
@@ -123,6 +123,25 @@ def test_no_choice_goes_below_the_bound(inputs: int, alike: float, seed: int) ->
     bound = lower_bound(two)
     assert bool((bound >= 0).all())
     assert bool((bound <= optimum(two) * (1 + 1e-4) + 1e-7).all())
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5, 0.95])
+def test_branching_ends_at_the_optimum(alike: float) -> None:
+    two = problem(8, 3, alike, seed=3).between()
+    best, plain = optimum(two).double(), two.energy(nearest(two)).double()
+    bound = certify(two, nearest(two), gap=0.0)  # the integers need not be the best ones
+    assert bool((bound <= best * (1 + 1e-4) + 1e-7).all())
+    assert bool((bound >= torch.minimum(best, plain) * (1 - 1e-4) - 1e-7).all())
+
+
+def test_branching_certifies_a_gap_and_knows_when_to_stop() -> None:
+    two = problem(24, 3, 0.8).between()
+    q = anneal(two)
+    found, plain = two.energy(q).double(), two.energy(nearest(two)).double()
+    loose, tight, short = lower_bound(two), certify(two, q, gap=0.01), certify(two, q, gap=0.01, most=1)
+    assert bool(((found - loose) / (plain - loose) > 0.01).all())
+    torch.testing.assert_close((found - tight) / (plain - tight), torch.full_like(tight, 0.01), atol=1e-4, rtol=0)
+    assert bool((loose <= short).all() and (short < tight).all())
 
 
 def test_the_bound_is_the_optimum_where_inputs_have_nothing_in_common() -> None:

@@ -353,3 +353,69 @@ def test_calibration_data_unlike_the_example_are_refused(wrong: torch.Tensor) ->
 def test_a_pattern_without_a_match_is_refused(resnet: Task) -> None:
     with pytest.raises(StepError, match=r"'blocks\.9\.\*' matches no layer"):
         Static(include="blocks.9.*").plan(resnet.original.copy(), resnet)
+
+
+def test_signed_activations_and_one_scale_for_a_weight_reach_the_file(resnet: Task) -> None:
+    graph = compress(resnet, Static(signed=True, per_channel=False)).graph
+    assert relative(graph, resnet) < 0.12
+    assert {(read(node, "quant_min"), read(node, "quant_max")) for node in graph.find(ACTIVATION)} == {(-128, 127)}
+    model = onnx.load_from_string(to_onnx_bytes(graph))
+    constants = {one.name: one for one in model.graph.initializer}
+    scales = {node.input[1] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    assert all(not constants[name].dims for name in scales)
+    zeros = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    assert {constants[name].data_type for name in zeros} == {onnx.TensorProto.INT8}
+    x = resnet.validation[0][0]
+    (found,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {model.graph.input[0].name: x.numpy()})
+    with torch.no_grad():
+        expected = graph(x)
+    assert float((torch.from_numpy(found) - expected).norm() / expected.norm()) < 0.05
+
+
+# --- when it loses too much ------------------------------------------------------------------------------------------
+
+
+def fragile() -> Task:
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 6))
+    return Task(model, x[:2], calibration=[(part, 0) for part in x.split(64)], name="fragile")
+
+
+def test_what_loses_little_is_left_as_it_is() -> None:
+    task = fragile()
+    result = compress(task, Static(max_drop=5.0))
+    choice = result.records[0].changes["all layers"]["choice"]
+    assert choice["met"]
+    assert len(choice["tried"]) == 1
+    assert not {"repair", "raised", "kept"} & choice.keys()
+    x = task.calibration[0][0]
+    with torch.no_grad():
+        assert torch.equal(result.graph(x), compress(task, Static()).graph(x))
+
+
+def test_bits_are_raised_where_it_hurts_and_the_record_says_where() -> None:
+    task = fragile()
+    before, after = (compress(task, Static(weight_bits=2, rounding="nearest", max_drop=drop)) for drop in (None, 4.0))
+    x = torch.cat([x for x, _ in task.calibration])
+    with torch.no_grad():
+        differ = [float((graph(x).argmax(1) != task.original(x).argmax(1)).double().mean()) for graph in (before.graph, after.graph)]
+    assert 100 * differ[0] > 4.0 >= 100 * differ[1]
+    changes = after.records[0].changes
+    choice = changes["all layers"]["choice"]
+    assert choice["drop"] == pytest.approx(100 * differ[1])
+    assert {row.get("repair") for row in choice["tried"]} >= {None, "ranges", "smooth"}
+    assert choice["raised"]
+    bits = {name: changes[name]["weight"]["bits"] for name in ("0", "2", "4", "6")}
+    assert bits == {name: 8 if name in (*choice["raised"], "0", "6") else 2 for name in bits}
+
+
+def test_a_drop_out_of_reach_gives_the_best_and_says_so() -> None:
+    task = fragile()
+    (record,) = compress(task, Static(activation_bits=2, max_drop=0.0)).records
+    choice = record.changes["all layers"]["choice"]
+    assert not choice["met"]
+    assert choice["drop"] == pytest.approx(min(row["drop"] for row in choice["tried"]), abs=1e-3)
+    assert all("lost too much" in record.skipped[name] for name in choice["kept"])
+    with pytest.raises(StepError, match="no drop below 0"):
+        Static(max_drop=-1.0)
