@@ -97,9 +97,9 @@ def test_a_file_has_at_most_400_lines_and_a_function_60(path: Path) -> None:
             assert length <= 60, f"{node.name}, line {node.lineno}: {length} lines"
 
 
-def test_the_package_has_at_most_23500_lines() -> None:
+def test_the_package_has_at_most_24000_lines() -> None:
     code = [path for path in FILES if "zoo" not in path.parts]  # the models that steps are tried on are data
-    assert sum(len(path.read_text().splitlines()) for path in code) <= 23_500
+    assert sum(len(path.read_text().splitlines()) for path in code) <= 24_000
 
 
 @every_file
