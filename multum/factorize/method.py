@@ -168,7 +168,7 @@ class Factorization(Step):
                 skipped[layer.name] = reason
             else:
                 chosen[layer.name] = layer
-        return chosen, skipped
+        return chosen, skipped if skipped or chosen else {"*": f"the network has no layer that is a {' or '.join(self.kinds)}"}
 
     def _choices(self, curves: Mapping[str, Curve], weights: Mapping[str, Tensor], chosen: Mapping[str, Layer]) -> dict[str, int]:
         """The choice of each layer; of those that a budget leaves whole none."""

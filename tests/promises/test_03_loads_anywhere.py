@@ -55,7 +55,7 @@ SHORT = {
     "distill.DataFree": DataFree(samples=16, batch=16, descent=2),
     "distill.Elastic": Elastic(widths=(0.5,), epochs=0.2),
     "distill.Hidden": Hidden(epochs=0.2),
-    "factorize.CP": CP(rank=8, rounds=60, samples=16),
+    "factorize.CP": CP(rank=4, samples=16),
     "factorize.Quantized": Quantized(rank=2, rounds=2, samples=16),
     "factorize.TensorTrain": TensorTrain(parameters=0.6, samples=16),
     "factorize.SVD": SVD(parameters=0.5),
