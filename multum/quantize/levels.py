@@ -25,6 +25,7 @@ from .grid import SMALLEST_SCALE
 from .insert import quantize_weight
 from .integers import solved, stages
 from .moments import TRANSPOSED, Moments, as_rows, from_rows, gather
+from .rounding import inverse_factor
 
 BITS = 8  # of the grid: no weight is clipped where steps are as coarse as here
 _HIGH = (1 << BITS - 1) - 1
@@ -51,7 +52,7 @@ class Rows:
         self.order = self.H.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
         index = self.order
         H = self.H.gather(1, index[:, :, None].expand_as(self.H)).gather(2, index[:, None].expand_as(self.H))
-        self.upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+        self.upper = inverse_factor(H)
         self.stiffness = float(torch.exp(-2 * self.upper.diagonal(dim1=1, dim2=2).log().mean()))  # of a weight, when others yield
 
     def step(self, multiplier: float) -> float:

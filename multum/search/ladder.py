@@ -40,6 +40,7 @@ ROWS = (
     (0.75, 0.35, True),
 )
 FINE = 2.0
+_LEAST = 0.02  # fewer make no smaller file: what else is in it outweighs them
 _START = 1.3  # bits at which weights meet their grid; training takes them down from here, which costs less than to begin below
 
 # Passes over the training data after the weights were rounded to so many bits: the coarser, the longer.
@@ -96,8 +97,8 @@ def rung(task: Task, share: float, bits: float, integer: bool) -> Rung:
 
 
 def coded(task: Task, row: tuple[float, float, bool], bits: float) -> Rung:
-    """The rung of a row, with another number of coded bits."""
-    return rung(task, row[0], round(min(bits, FINE), 3), row[2])
+    """The rung of a row, with another number of coded bits, as far as bits can be of use."""
+    return rung(task, row[0], round(min(max(bits, _LEAST), FINE), 3), row[2])
 
 
 def between(task: Task, sizes: Mapping[Rung, int], limit: int) -> Rung | None:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from multum.errors import StepError
 from multum.quantize.bound import certify, lower_bound
-from multum.quantize.rounding import ROUNDINGS, Problem, anneal, descend, gptq, nearest, sweep
+from multum.quantize.rounding import ROUNDINGS, Problem, anneal, descend, gptq, inverse_factor, nearest, sweep
 
 
 def problem(inputs: int, rows: int = 4, alike: float = 0.9, high: float = 7, seed: int = 0) -> Problem:
@@ -152,3 +153,23 @@ def test_the_bound_is_the_optimum_where_inputs_have_nothing_in_common() -> None:
 def test_the_bound_says_something_where_they_have() -> None:
     two = problem(30, alike=0.7).between()
     assert bool((lower_bound(two) > 0.3 * two.energy(anneal(two))).all())
+
+
+def test_a_factor_of_inputs_that_are_all_the_same():
+    """A sum in single precision whose rounding errors are larger than its damping; plain Cholesky gives up."""
+    torch.manual_seed(0)
+    H = 1e-6 * torch.ones(1, 256, 256) + 1e-8 * torch.eye(256)
+    noise = 1e-8 * torch.randn(256, 256)
+    H = H + noise + noise.T
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(H)
+    upper = inverse_factor(H)
+    assert upper.isfinite().all()
+    assert (upper.tril(-1) == 0).all()
+    best = 1e-8 * torch.eye(256)
+    assert torch.allclose(inverse_factor(best[None]).mT @ inverse_factor(best[None]), best.inverse()[None], rtol=1e-4)
+
+
+def test_moments_that_are_not_finite_are_refused():
+    with pytest.raises(StepError, match="not finite"):
+        inverse_factor(torch.full((1, 4, 4), torch.nan))
