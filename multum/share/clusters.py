@@ -13,13 +13,12 @@ from torch import Tensor
 
 from ..analyze.evidence import Evidence
 from ..errors import StepError
-from ..graph import Graph, Layer, layers, select
+from ..graph import Graph, Layer, layers
 from ..step import Plan, Stage, Step, option
 from ..task import Task
-from .codebook import read_from
+from .codebook import planned, read_from
 from .kmeans import STARTS, assign, bits_of, kmeans
 
-_KINDS = ("conv", "linear", "embedding", "rnn")
 _SCOPES, _WEIGHTINGS = ("layer", "channel", "model"), ("auto", "none", "curvature", "fisher")
 _FLOOR = 0.05  # of the mean weight: what no sample needed still counts
 _ROUNDS, _ENOUGH = 16, 0.01  # of the search for the price of a bit; how far below the bits asked for is close enough
@@ -70,19 +69,10 @@ class Clusters(Step):
         return {"fisher": ("train", "loss"), "curvature": ("calibration",)}.get(self.weighting, ())
 
     def plan(self, graph: Graph, task: Task) -> Plan:
-        chosen = {layer.name for layer in select(graph, self.include, self.exclude, _KINDS)}
-        changes, skipped, shared = dict[str, dict[str, Any]](), dict[str, str](), dict[str, str]()
-        for layer in [layer for layer in layers(graph) if layer.kind in _KINDS]:
-            reason = "excluded by name" if layer.name not in chosen else self._reason(graph, layer)
-            if reason:
-                skipped[layer.name] = reason
-            elif layer.weight in shared:
-                changes[layer.name] = {"with": shared[layer.weight]}
-            else:
-                shared[layer.weight] = layer.name
-                count = graph.tensor(layer.weight).numel() // self.size
-                changes[layer.name] = {"entries": 2**self.bits, "size": self.size, "indices": count}
-        return Plan(changes, skipped)
+        def change(layer: Layer) -> dict[str, Any]:
+            return {"entries": 2**self.bits, "size": self.size, "indices": graph.tensor(layer.weight).numel() // self.size}
+
+        return planned(graph, self.include, self.exclude, lambda layer: self._reason(graph, layer), change)
 
     def _reason(self, graph: Graph, layer: Layer) -> str | None:
         """Why a layer keeps its weight as it is; None when it does not."""

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..graph import Graph
+from ..graph import Graph, Layer, layers, select
 from ..graph.model import aten
+from ..step import Plan
+
+_KINDS = ("conv", "linear", "embedding", "rnn")
 
 Add = Callable[..., fx.Node]  # an operator and its arguments, put into the graph
 Make = Callable[[Callable[[str], fx.Node], Add, fx.Node | None], fx.Node]  # (a tensor by name, Add, rows or all) -> values in any form
+
+
+def planned(
+    graph: Graph,
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+    reason: Callable[[Layer], str | None],
+    change: Callable[[Layer], dict[str, Any]],
+) -> Plan:
+    """What becomes of each weight by `change`, unless there is a `reason` against it; a layer that shares one goes with the first."""
+    chosen = {layer.name for layer in select(graph, include, exclude, _KINDS)}
+    changes, skipped, shared = dict[str, dict[str, Any]](), dict[str, str](), dict[str, str]()
+    for layer in [layer for layer in layers(graph) if layer.kind in _KINDS]:
+        why = "excluded by name" if layer.name not in chosen else reason(layer)
+        if why:
+            skipped[layer.name] = why
+        elif layer.weight in shared:
+            changes[layer.name] = {"with": shared[layer.weight]}
+        else:
+            shared[layer.weight] = layer.name
+            changes[layer.name] = change(layer)
+    return Plan(changes, skipped)
 
 
 def read_from(graph: Graph, weight: str, indices: Tensor, codebook: str, offset: Tensor | int, scale: Tensor | None = None) -> None:

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import StepError
-from ..graph import Graph, Layer, layers, select
+from ..graph import Graph, Layer, layers
 from ..graph.model import aten
 from ..step import Plan, Stage, Step, option
 from ..task import Task
-from .codebook import Add, replace_reads
+from .codebook import Add, planned, replace_reads
 
-_KINDS = ("conv", "linear", "embedding", "rnn")
 _PRIME = 2**31 - 1  # products of two numbers below it are exact in 64 bits
 
 Rule = tuple[int, int, int]
@@ -45,19 +44,11 @@ class Hashing(Step):
             raise StepError(f"share.Hashing: ratio is {self.ratio}.", "more than 0 and less than 1, such as 0.25")
 
     def plan(self, graph: Graph, task: Task) -> Plan:
-        chosen = {layer.name for layer in select(graph, self.include, self.exclude, _KINDS)}
-        changes, skipped, shared = dict[str, dict[str, Any]](), dict[str, str](), dict[str, str]()
-        for layer in [layer for layer in layers(graph) if layer.kind in _KINDS]:
-            reason = "excluded by name" if layer.name not in chosen else self._reason(graph, layer)
-            if reason:
-                skipped[layer.name] = reason
-            elif layer.weight in shared:
-                changes[layer.name] = {"with": shared[layer.weight]}
-            else:
-                shared[layer.weight] = layer.name
-                count = graph.tensor(layer.weight).numel()
-                changes[layer.name] = {"buckets": max(1, round(self.ratio * count)), "weights": count}
-        return Plan(changes, skipped)
+        def change(layer: Layer) -> dict[str, Any]:
+            count = graph.tensor(layer.weight).numel()
+            return {"buckets": max(1, round(self.ratio * count)), "weights": count}
+
+        return planned(graph, self.include, self.exclude, lambda layer: self._reason(graph, layer), change)
 
     def _reason(self, graph: Graph, layer: Layer) -> str | None:
         weight = graph.tensor(layer.weight)
