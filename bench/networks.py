@@ -57,7 +57,7 @@ class Vgg(nn.Module):
 
 
 # The network, the passes over the training images, and the highest learning rate.
-NETWORKS = {"lenet": (LeNet5, 10, 0.03), "vgg": (Vgg, 10, 0.1)}
+NETWORKS = {"lenet": (LeNet5, 20, 0.03), "vgg": (Vgg, 10, 0.1)}
 
 
 def trained(name: str, seed: int) -> nn.Module:

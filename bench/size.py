@@ -20,16 +20,22 @@ OUT = ROOT / "out" / "bench" / "size"
 LINES = OUT / "rows.jsonl"
 
 
-def coded(bits: float, epochs: float, learning_rate: float, start: float = 1.3) -> list[multum.Step]:
-    """Onto a grid at `start` bits, and down to `bits` while it learns."""
+def coded(
+    bits: float, epochs: float, learning_rate: float, parameters: float = 1.0, recovery: float = 0.0, start: float = 1.3
+) -> list[multum.Step]:
+    """A share of the parameters is kept, after that many passes of `recovery`; onto a grid at `start` bits, and down to `bits` while it learns."""
+    steps: list[multum.Step] = []
+    if parameters < 1:
+        steps = [multum.prune.Channels(parameters=parameters, multiple=1, floor=0.01)]
+        steps += [multum.distill.Logits(epochs=recovery, optimizer="sgd", patience=0)]
     learn = multum.distill.Logits(bits=bits, epochs=epochs, learning_rate=learning_rate, patience=0)
-    return [multum.quantize.RateDistortion(bits=start, rounding="nearest"), learn, multum.quantize.Half()]
+    return [*steps, multum.quantize.RateDistortion(bits=max(bits, start), rounding="nearest"), learn, multum.quantize.Half()]
 
 
 RECIPES = {
-    "lenet": {"bits": 0.1, "epochs": 5.0, "learning_rate": 2e-3},
-    "vgg": {"bits": 0.4, "epochs": 4.0, "learning_rate": 2e-3},
-    "resnet20": {"bits": 0.64, "epochs": 2.0, "learning_rate": 2e-3},
+    "lenet": {"parameters": 0.1, "recovery": 10.0, "bits": 1.3, "epochs": 5.0, "learning_rate": 2e-3},
+    "vgg": {"parameters": 0.2, "recovery": 6.0, "bits": 1.0, "epochs": 4.0, "learning_rate": 2e-3},
+    "resnet20": {"parameters": 0.3, "recovery": 10.0, "bits": 1.3, "epochs": 3.0, "learning_rate": 2e-3},
 }
 
 
@@ -54,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="+", choices=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    for option in ("bits", "epochs", "learning_rate"):
+    for option in ("parameters", "recovery", "bits", "epochs", "learning_rate"):
         parser.add_argument(f"--{option}", type=float, help="in place of the recipe's")
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -17,6 +17,7 @@ from ..errors import ExportError
 from ..graph import Graph
 from ..graph.model import aten
 from ..graph.spec import Spec
+from .attention import attention
 from .finish import finish
 from .integers import kind, to_integer_weights
 
@@ -183,6 +184,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.multum.integer_product.default: integer_product,
         torch.ops.multum.dequantize.default: dequantize,
         torch.ops.multum.fake_quantize.default: fake_quantize,
+        aten.scaled_dot_product_attention.default: attention,
     }
 
 
