@@ -36,12 +36,20 @@ RECIPES = {
     "lenet": {"parameters": 0.1, "recovery": 10.0, "bits": 1.3, "epochs": 5.0, "learning_rate": 2e-3},
     "vgg": {"parameters": 0.2, "recovery": 6.0, "bits": 1.0, "epochs": 4.0, "learning_rate": 2e-3},
     "resnet20": {"parameters": 0.3, "recovery": 10.0, "bits": 1.3, "epochs": 3.0, "learning_rate": 2e-3},
+    "reuters": {"parameters": 1 / 3, "bits": 2.0},
 }
+
+
+def shallow(bits: float, parameters: float) -> list[multum.Step]:
+    """Of MiniLM half of the branches, and a share of the heads and neurons of the others; one pass of distillation, then coded."""
+    cut = [multum.prune.Blocks(ratio=0.5), multum.prune.Heads(ratio=1 - parameters), multum.prune.Neurons(ratio=1 - parameters)]
+    return [*cut, multum.distill.Logits(), multum.quantize.RateDistortion(bits=bits), multum.quantize.Half()]
 
 
 def measure(name: str, seed: int, steps: list[multum.Step]) -> dict[str, object]:
     out = OUT / f"{name}_{seed}"
-    result = multum.run(networks.task(name, seed), multum.Recipe(steps), out, tell=print).data
+    task = multum.load_task(ROOT / "examples/reuters/task.py") if name == "reuters" else networks.task(name, seed)
+    result = multum.run(task, multum.Recipe(steps), out, tell=print).data
     drop, ratios = result["drop"], result["ratios"]
     return {
         "network": name,
@@ -68,7 +76,7 @@ def main() -> None:
     for name in given.names:
         for seed in given.seeds:
             chosen = {key: value if getattr(given, key) is None else getattr(given, key) for key, value in RECIPES[name].items()}
-            row = measure(name, seed, coded(**chosen))
+            row = measure(name, seed, (shallow if name == "reuters" else coded)(**chosen))
             print(json.dumps(row), flush=True)
             with LINES.open("a") as file:
                 file.write(json.dumps(row) + "\n")
