@@ -23,7 +23,7 @@ LINES = OUT / "rows.jsonl"
 def coded(
     bits: float, epochs: float, learning_rate: float, parameters: float = 1.0, recovery: float = 0.0, start: float = 1.3
 ) -> list[multum.Step]:
-    """A share of the parameters is kept, after that many passes of `recovery`; onto a grid at `start` bits, and down to `bits` while it learns."""
+    """A share of the parameters is kept and recovers for some passes; then onto a grid at `start` bits, and down to `bits` while it learns."""
     steps: list[multum.Step] = []
     if parameters < 1:
         steps = [multum.prune.Channels(parameters=parameters, multiple=1, floor=0.01)]
@@ -41,9 +41,12 @@ RECIPES = {
 
 
 def shallow(bits: float, parameters: float) -> list[multum.Step]:
-    """Of MiniLM half of the branches, and a share of the heads and neurons of the others; one pass of distillation, then coded."""
+    """Of MiniLM half of the branches, and a share of the heads and neurons of the others; the table goes onto its grid before the one
+    pass of distillation, which holds its bits, and the rest after it, half a bit finer."""
     cut = [multum.prune.Blocks(ratio=0.5), multum.prune.Heads(ratio=1 - parameters), multum.prune.Neurons(ratio=1 - parameters)]
-    return [*cut, multum.distill.Logits(), multum.quantize.RateDistortion(bits=bits), multum.quantize.Half()]
+    table = multum.quantize.RateDistortion(bits=bits, edges=5, rounding="nearest", include="*embeddings*")
+    learn = multum.distill.Logits(bits=bits)
+    return [*cut, table, learn, multum.quantize.RateDistortion(bits=bits + 0.5), multum.quantize.Half()]
 
 
 def measure(name: str, seed: int, steps: list[multum.Step]) -> dict[str, object]:

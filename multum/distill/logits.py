@@ -14,7 +14,7 @@ from ..graph import Graph
 from ..graph.layers import QUANTIZERS
 from ..step import Plan, Step, option
 from ..task import Task, call
-from ..train import Augment, Average, Companion, Rate, Training, Unfreeze, default_rate, losses, recover
+from ..train import OPTIMIZER, Augment, Average, Companion, Rate, Training, Unfreeze, losses, recover
 from ..train.losses import LIKENESSES
 from ..train.teacher import ALPHA, TEMPERATURE
 
@@ -32,7 +32,7 @@ class Logits(Step):
     temperature: float = option(TEMPERATURE, "softens the probabilities of teacher and student; above zero")
     alpha: float = option(ALPHA, "weight of the original's outputs in the loss, 0 to 1; the task's loss has the rest")
     likeness: str = option("soft", "how logits are compared: soft; decoupled (DKD), correlated (DIST), standardized")
-    optimizer: str = option("adamw", "adamw, which stays near the weights as they are, or sgd: better in ten passes after deep cuts")
+    optimizer: str = option("adamw", OPTIMIZER)
     patience: int = option(5, "passes without a better validation score after which training stops; 0: never")
     augment: str | tuple[str, ...] = option((), "what is done to the student's inputs: crop, flip, cutout, mixup, cutmix; tokens")
     average: float = option(0.0, "decay of the mean of past weights, which then is the result, such as 0.999; 0: the weights themselves")
@@ -98,5 +98,4 @@ class Logits(Step):
         return found + ([] if self.bits is None else [Rate(self.bits)])
 
     def _training(self, graph: Graph) -> Training:
-        rate = default_rate(graph, self.optimizer) if self.learning_rate is None else self.learning_rate
-        return Training(epochs=self.epochs, learning_rate=rate, optimizer=self.optimizer, patience=self.patience)
+        return Training.of(graph, self.learning_rate, self.optimizer, epochs=self.epochs, patience=self.patience)

@@ -15,7 +15,7 @@ def attention(
 ) -> Any:  # fmt: skip
     """`aten.scaled_dot_product_attention` of query [n, heads, length, width], key and value [n, heads, keys, width], in ONNX operators.
 
-    A query to which no key is left gets zeros, as in PyTorch. Masks are broadcast to [n, heads, length, keys]: true, or added to the scores.
+    A query to which no key is left gets zeros, as in PyTorch. A mask, broadcast to [n, heads, length, keys], is true, or added to scores.
     """
     from onnxscript import ir
     from onnxscript import opset21 as op
@@ -28,7 +28,9 @@ def attention(
     def number(of: float) -> Any:
         return op.Constant(value=ir.tensor(of, dtype=ir.DataType.FLOAT))
 
-    scores = op.Mul(op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2])), number(1 / math.sqrt(query.shape[3]) if scale is None else scale))
+    scores = op.Mul(
+        op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2])), number(1 / math.sqrt(query.shape[3]) if scale is None else scale)
+    )
     if attn_mask is None:
         return op.MatMul(op.Softmax(scores, axis=-1), value)
     if attn_mask.dtype == ir.DataType.BOOL:

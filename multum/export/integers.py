@@ -76,7 +76,7 @@ def _weight(graph: Graph, node: fx.Node) -> fx.Node:
     value = _value(graph, node.args[0])
     scale, zero, low, high = grid(graph, node, value.ndim)
     integers = to_integers(value, graph, node)
-    times = 1 if zero.any() else _finer(node, integers)
+    times = 1 if zero.any() else finer(node, integers)
     integers, scale = integers * times, scale / times
     axis = read(node, "axis", 0)
     name = str(node.args[0].target) if node.args[0].op == "get_attr" else node.name  # type: ignore[union-attr]
@@ -99,8 +99,11 @@ def _weight(graph: Graph, node: fx.Node) -> fx.Node:
     return whole
 
 
-def _finer(node: fx.Node, integers: Tensor) -> int:
-    """By what power of two to multiply integers that meet activations of few bits: engines round biases to multiples of both scales."""
+def finer(node: fx.Node, integers: Tensor) -> int:
+    """By what power of two to multiply integers that meet activations of few bits: engines round biases to multiples of both scales.
+
+    One where they meet none, or fill their type.
+    """
     kinds, reach = (*QUANTIZERS, torch.ops.multum.fake_quantize.default), int(integers.abs().max()) if integers.numel() else 0
     inputs = [part for user in node.users for part in user.all_input_nodes if part is not node and part.target in kinds]
     few = [part for part in inputs if not _constant(part.args[0]) and int(part.args[4]) - int(part.args[3]) < 255]  # type: ignore[arg-type]

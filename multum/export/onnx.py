@@ -86,12 +86,12 @@ def _settle_layouts(graph: Graph) -> None:
     """Makes views independent of memory layout: the exporter's own form of attention lays its result out otherwise than the kernel does."""
     for view in graph.find(aten.view.default):
         view.target = aten.reshape.default
-    for attention in graph.find(aten.scaled_dot_product_attention.default):
-        users = list(attention.users)
-        with graph.fx.inserting_after(attention):
-            copied = graph.fx.call_function(aten.clone.default, (attention,), {"memory_format": torch.contiguous_format})
+    for node in graph.find(aten.scaled_dot_product_attention.default):
+        users = list(node.users)
+        with graph.fx.inserting_after(node):
+            copied = graph.fx.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
         for user in users:
-            user.replace_input_with(attention, copied)
+            user.replace_input_with(node, copied)
 
 
 def _projects(lstm: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from ..graph.matrix import data
 from ..graph.model import aten, read, shape
 from ..step import Plan, Stage, Step, option
 from ..task import Task
-from ..train import Training, default_rate, recover
+from ..train import OPTIMIZER, Training, recover
 from .affine import plain_layers
 from .blocks import form, shape_of
 from .merge import merge
@@ -39,11 +39,13 @@ class Reparameterize(Step):
     branches: str = option("repvgg", f"one of {', '.join(_NAMES)}")
     epochs: float = option(1.0, "passes over the training data; 0: only puts the branches in")
     learning_rate: float | None = option(None, "highest learning rate; found from the graph when not given")
+    optimizer: str = option("adamw", OPTIMIZER)
     merge: bool = option(True, "merge the branches after the training")
     include: str | tuple[str, ...] = option("*", "convolutions that get branches, as glob patterns")
     exclude: str | tuple[str, ...] = option((), "those that get none")
 
     def __post_init__(self) -> None:
+        Training(optimizer=self.optimizer)  # which refuses what it does not know
         if self.branches not in _NAMES:
             raise StepError(
                 f"lighten.Reparameterize: branches is {self.branches!r}.",
@@ -74,8 +76,7 @@ class Reparameterize(Step):
             graph.refresh()
         if not self.epochs:
             return {}
-        rate = default_rate(graph, "adamw") if self.learning_rate is None else self.learning_rate
-        measured = recover(graph, task, Training(epochs=self.epochs, learning_rate=rate), workdir)
+        measured = recover(graph, task, Training.of(graph, self.learning_rate, self.optimizer, epochs=self.epochs), workdir)
         if self.merge:
             merge(graph, named)
         return measured

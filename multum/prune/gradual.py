@@ -17,7 +17,7 @@ from ..graph import Graph, Layer, layers
 from ..graph.sparse import sparsify
 from ..step import Plan, Stage, Step, option
 from ..task import Task
-from ..train import Companion, Training, default_rate, recover
+from ..train import OPTIMIZER, Companion, Training, recover
 from .criteria import CRITERIA
 from .masks import maskable
 
@@ -51,11 +51,13 @@ class Gradual(Step):
     regrow: float = option(0.0, "share of the other weights that changes places with zeros of large gradient, each time; falls to 0")
     epochs: float = option(2.0, "passes over the training data")
     learning_rate: float | None = option(None, "highest learning rate; found from the graph when not given")
+    optimizer: str = option("adamw", OPTIMIZER)
     floor: float = option(0.01, "least share of each layer that is kept")
     include: str | tuple[str, ...] = option("*", "glob patterns of layers")
     exclude: str | tuple[str, ...] = option((), "glob patterns of layers to leave whole")
 
     def __post_init__(self) -> None:
+        Training(optimizer=self.optimizer)  # which refuses what it does not know
         if self.criterion not in _CRITERIA:
             raise StepError(f"There is no criterion {self.criterion!r}.", f"one of the criteria, such as {near(self.criterion, _CRITERIA)}")
         if self.allocation not in ("global", "uniform"):
@@ -86,8 +88,8 @@ class Gradual(Step):
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         known = {layer.name: layer for layer in layers(graph)}
         thinning = Thinning(self, Evidence(graph, task), {name: known[name] for name in plan.changes})
-        rate = default_rate(graph, "adamw") if self.learning_rate is None else self.learning_rate
-        measured = recover(graph, task, Training(epochs=self.epochs, learning_rate=rate), workdir, [thinning])
+        how = Training.of(graph, self.learning_rate, self.optimizer, epochs=self.epochs)
+        measured = recover(graph, task, how, workdir, [thinning])
         for name in plan.changes:
             weight = graph.tensor(known[name].weight)
             sparsify(graph, known[name].weight, weight.detach() == 0)

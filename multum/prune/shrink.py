@@ -16,7 +16,7 @@ from ..graph import Graph
 from ..graph.axes import Group, Groups, axes
 from ..step import Plan, option
 from ..task import Task
-from ..train import Companion, Training, default_rate, recover
+from ..train import OPTIMIZER, Companion, Training, recover
 from .cut import Cut, best
 
 _PENALTIES = ("growing", "lasso", "slimming", "none")
@@ -38,8 +38,10 @@ class Shrink(Cut):
     rounds: int = option(1, "how often it is trained and cut")
     epochs: float = option(1.0, "passes over the training data, in all rounds together")
     learning_rate: float | None = option(None, "highest learning rate; found from the graph when not given")
+    optimizer: str = option("adamw", OPTIMIZER)
 
     def __post_init__(self) -> None:
+        Training(optimizer=self.optimizer)  # which refuses what it does not know
         if self.penalty not in _PENALTIES:
             raise StepError(f"The penalty is {self.penalty!r}.", f"one of {', '.join(_PENALTIES)}")
         if self.rounds < 1 or not 0 <= self.strength < math.inf:
@@ -54,8 +56,7 @@ class Shrink(Cut):
         trainings = []
         for turn in range(1, self.rounds + 1):
             widths = {name: width + round((size - width) * (1 - turn / self.rounds)) for name, (width, size) in last.items()}
-            rate = default_rate(graph, "adamw") if self.learning_rate is None else self.learning_rate
-            how = Training(epochs=self.epochs / self.rounds, learning_rate=rate)
+            how = Training.of(graph, self.learning_rate, self.optimizer, epochs=self.epochs / self.rounds)
             trainings.append(recover(graph, task, how, workdir and workdir / f"round-{turn}", self._companions(graph, task, widths)))
             groups = axes(graph)
             scores = self.scores(graph, groups, [groups[name] for name in widths], task)

@@ -18,8 +18,9 @@ from ..graph.matrix import data
 from ..graph.model import aten, read
 from ..step import Plan, Stage, Step, option
 from ..task import Task
-from ..train import Training
-from ..train.teacher import ALPHA, TEMPERATURE, default_rate, recover
+from ..train import OPTIMIZER, Training
+from ..train.teacher import ALPHA, TEMPERATURE, recover
+from .bias import settle_biases
 from .grid import Grid, signed, unsigned
 from .insert import check_activations, following
 from .midrise import Midrise
@@ -51,6 +52,7 @@ class Aware(Step):
     ranges: str = option("lsq", "how ranges of activations come about: lsq, pact or fixed")
     epochs: float = option(1.0, "passes over the training data")
     learning_rate: float | None = option(None, "highest learning rate; found from the graph when not given")
+    optimizer: str = option("adamw", OPTIMIZER)
     rounding: str = option("auto", ROUNDING)
     samples: int = option(256, "calibration samples that are looked at")
     include: str | tuple[str, ...] = option("*", "glob patterns of layers")
@@ -59,6 +61,7 @@ class Aware(Step):
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, self.activation_bits, self.edges)
         check_rounding(self.rounding)
+        Training(optimizer=self.optimizer)  # which refuses what it does not know
         if self.ranges not in RANGES:
             raise StepError(f"quantize.Aware: ranges is {self.ranges!r}.", f"one of {', '.join(RANGES)}")
         if self.samples < 1 or not self.epochs > 0:
@@ -100,14 +103,14 @@ class Aware(Step):
             if value.name in entries:
                 self._quantize(graph, value, [layer.node for layer in readers], entries[value.name])
         graph.recompile()
-        rate = default_rate(graph, "adamw") if self.learning_rate is None else self.learning_rate
-        how = Training(epochs=self.epochs, learning_rate=rate)
+        how = Training.of(graph, self.learning_rate, self.optimizer, epochs=self.epochs)
         graph.requires_grad_(True)
         measured |= recover(graph, task, how, workdir, midrise, TEMPERATURE, ALPHA)
         for companion in midrise:
             companion.settle(graph)
         _settle(graph)
         fuse(graph)
+        settle_biases(graph)
         return measured
 
     def _quantize(self, graph: Graph, value: fx.Node, readers: list[fx.Node], entry: dict[str, Any]) -> None:

@@ -11,8 +11,7 @@ from ..graph import Graph, layers
 from ..graph.fuse import fuse
 from ..step import Plan, Stage, Step, option
 from ..task import Task
-from ..train import Training
-from ..train.teacher import default_rate, recover
+from ..train import OPTIMIZER, Training, default_rate, recover
 from .midrise import Midrise
 from .weight_only import check_bits, choose, round_weights, weight_entries
 
@@ -32,11 +31,13 @@ class Binary(Step):
     edges: int = option(8, "bits of a weight of the first and the last layer, and of embeddings")
     epochs: float = option(1.0, "passes over the training data")
     learning_rate: float | None = option(None, "highest learning rate; found from the graph when not given")
+    optimizer: str = option("adamw", OPTIMIZER)
     include: str | tuple[str, ...] = option("*", "glob patterns of layers")
     exclude: str | tuple[str, ...] = option((), "glob patterns of layers to leave in float")
 
     def __post_init__(self) -> None:
         check_bits(self.edges)
+        Training(optimizer=self.optimizer)  # which refuses what it does not know
         if not self.epochs > 0:
             raise StepError(f"quantize.Binary: epochs is {self.epochs}.", "a number above 0")
 
@@ -57,9 +58,10 @@ class Binary(Step):
         round_weights(graph, graph, others, task, 0)
         midrise = Midrise(signs, 1)
         midrise.quantize(graph)
-        rate = 2 * default_rate(graph, "adamw") if self.learning_rate is None else self.learning_rate
+        rate = 2 * default_rate(graph, self.optimizer) if self.learning_rate is None else self.learning_rate
         graph.requires_grad_(True)
-        measured = recover(graph, task, Training(epochs=self.epochs, learning_rate=rate), workdir, (midrise,))
+        how = Training.of(graph, rate, self.optimizer, epochs=self.epochs)
+        measured = recover(graph, task, how, workdir, (midrise,))
         midrise.settle(graph)
         fuse(graph)
         return measured

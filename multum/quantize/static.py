@@ -11,7 +11,7 @@ from ..graph import Graph, Layer
 from ..graph.fuse import fuse
 from ..step import Plan, Stage, Step, option
 from ..task import Task
-from .bias import correct_biases
+from .bias import correct_biases, settle_biases
 from .fallback import WHOLE, Choice, choice_of, within
 from .grid import Grid, affine, full_scale, signed
 from .insert import check_activations, quantize_values
@@ -106,6 +106,7 @@ class Static(Step):
         measured["samples_sufficed"] = max((entry["samples_sufficed"] for entry in entries), default=0)
         if self.bias_correction:
             measured["bias_shifts"] = correct_biases(graph, original, plan.changes, task, self.samples)
+        settle_biases(graph)
         return measured
 
     def _prepare(self, graph: Graph, task: Task, choice: Choice) -> tuple[list[Layer], dict[str, str], Placement]:

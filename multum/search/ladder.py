@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 from ..distill import Logits
+from ..graph.model import aten
 from ..prune import Channels
 from ..quantize import Half, RateDistortion, Static, WeightOnly
 from ..step import Recipe, Step
@@ -15,7 +16,8 @@ from ..task import Task
 
 # (share of the channels removed, bits of a weight, are activations int8 as well?)
 # Up to FINE bits they are those of an entropy code, where the task has train data to recover with.
-# Fewer bits come before fewer channels: at the same size of the coded file they lose less.
+# Down to THIN bits they come before fewer channels: at the same size of the coded file they lose less. Below, half of the channels
+# with twice the bits and more lose less, after a training that is several times as long.
 ROWS = (
     (0.00, 16, False),
     (0.00, 8, False),
@@ -32,20 +34,22 @@ ROWS = (
     (0.00, 0.3, True),
     (0.00, 0.15, True),
     (0.00, 0.08, True),
-    (0.25, 0.5, True),
+    (0.50, 2.0, True),
+    (0.50, 1.3, True),
     (0.50, 0.7, True),
-    (0.50, 0.5, True),
-    (0.50, 0.35, True),
+    (0.50, 0.4, True),
+    (0.75, 1.3, True),
     (0.75, 0.5, True),
-    (0.75, 0.35, True),
 )
-FINE = 2.0
+FINE, THIN = 2.0, 0.5
+NARROW = 0.5  # share of the channels removed where bits alone do not do
 _LEAST = 0.02  # fewer make no smaller file: what else is in it outweighs them
 _START = 1.3  # bits at which weights meet their grid; training takes them down from here, which costs less than to begin below
 
 # Passes over the training data after the weights were rounded to so many bits: the coarser, the longer.
 EPOCHS = {3: 2.0}
 _EPOCHS_CODED = 2.0
+_EPOCHS_NARROW, _FAR = 3.0, 8.0  # after so deep a cut; where batch normalization allows steps that leave the old minimum
 _TRAINED = 0.93  # of the limit is what a sketch may take: trained weights take as much entropy, but are coded a little less well
 
 
@@ -73,6 +77,11 @@ class Rung:
         """Whether its bits are those of an entropy code, so that there may be a little more or less of them."""
         return any(isinstance(step, RateDistortion) for step in self.recipe.flat())
 
+    @property
+    def passes(self) -> float:
+        """Over the training data, in all."""
+        return sum(float(getattr(step, "epochs", 0.0)) for step in self.recipe.flat() if step.stage is None)
+
     def longer(self, factor: float) -> Rung:
         """The same with `factor` times the training."""
         return replace(self, name=f"{self.name}, {factor:g}x the training", recipe=Recipe([_longer(s, factor) for s in self.recipe.flat()]))
@@ -92,8 +101,8 @@ def rung(task: Task, share: float, bits: float, integer: bool) -> Rung:
     trains, sees = task.train is not None, task.has("calibration")
     if not (trains or sees):
         bits = max(2, math.ceil(bits))
-    made = _rung(share, bits, integer and sees, trains, sees)
-    return replace(made, twin=_rung(share, bits, False, trains, sees)) if integer and sees else made
+    made = _rung(share, bits, integer and sees, trains, sees, far := trains and bool(task.original.find(aten.batch_norm.default)))
+    return replace(made, twin=_rung(share, bits, False, trains, sees, far)) if integer and sees else made
 
 
 def coded(task: Task, row: tuple[float, float, bool], bits: float) -> Rung:
@@ -101,21 +110,21 @@ def coded(task: Task, row: tuple[float, float, bool], bits: float) -> Rung:
     return rung(task, row[0], round(min(max(bits, _LEAST), FINE), 3), row[2])
 
 
-def between(task: Task, sizes: Mapping[Rung, int], limit: int) -> Rung | None:
-    """The rung whose file has just the size of the limit, by the `sizes` of the coded rungs at full width: a straight line in bits."""
-    known = sorted((size, made.row[1]) for made, size in sizes.items() if made.row and made.row[0] == 0 and made.coded)
+def between(task: Task, sizes: Mapping[Rung, int], limit: int, share: float = 0.0) -> Rung | None:
+    """The rung whose file has just the size of the limit, by the `sizes` of the coded rungs of the same width: a straight line in bits."""
+    known = sorted((size, made.row[1]) for made, size in sizes.items() if made.row and made.row[0] == share and made.coded)
     wanted = _TRAINED * limit
     for (size, bits), (larger, more) in itertools.pairwise(known):
         if size <= wanted < larger:
-            return coded(task, (0.0, bits, True), bits + (more - bits) * (wanted - size) / (larger - size))
+            return coded(task, (share, bits, True), bits + (more - bits) * (wanted - size) / (larger - size))
     return None
 
 
-def _rung(share: float, bits: float, integer: bool, trains: bool, sees: bool) -> Rung:
+def _rung(share: float, bits: float, integer: bool, trains: bool, sees: bool, far: bool = False) -> Rung:
     parts = [f"{share:.0%} of the channels removed"] if share else []
     name = ", ".join([*parts, f"{bits:g}-bit weights", "int8 activations" if integer else "float activations"])
     codes = bits <= FINE and (trains or sees)
-    recipe, sketch = (Recipe(list(_steps(share, bits, integer, codes, *has))) for has in ((trains, sees), (False, False)))
+    recipe, sketch = (Recipe(list(_steps(share, bits, integer, codes, *has))) for has in ((trains, sees, far), (False, False, False)))
     made = Rung(name, recipe, sketch, row=(share, bits, integer))
     if not (trains and sees):
         return made
@@ -124,11 +133,13 @@ def _rung(share: float, bits: float, integer: bool, trains: bool, sees: bool) ->
     return replace(made, draft=replace(draft, twin=twin if integer else None))
 
 
-def _steps(share: float, bits: float, integer: bool, codes: bool, trains: bool, sees: bool) -> Iterator[Step]:
+def _steps(share: float, bits: float, integer: bool, codes: bool, trains: bool, sees: bool, far: bool) -> Iterator[Step]:
     """Weights are rounded first and recovered while activations are still exact, which trains faster; activations come last."""
     if share:
         yield Channels(ratio=share, allocation="uniform") if sees else Channels(ratio=share, criterion="magnitude", recover=False)
-        if trains:
+        if trains and codes and share >= NARROW:
+            yield Logits(epochs=_FAR, optimizer="sgd") if far else Logits(epochs=_EPOCHS_NARROW)
+        elif trains:
             yield Logits(epochs=1.0 if share > 0.3 else 0.5)
     if codes and trains:  # which chooses better than any rounding
         yield RateDistortion(bits=max(bits, _START), rounding="nearest")

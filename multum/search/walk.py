@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import FileError, MissingExtra, MultumError, TaskError
 from .evaluate import Candidate, Workshop
 from .judge import Judge
-from .ladder import Rung, between, coded, ladder
+from .ladder import NARROW, THIN, Rung, between, coded, ladder
 
 _SLOWER = 1.05  # integer activations are kept where they are faster than floating-point ones by more than this
 _LONGER = 3.0  # times the training, when a recipe loses too much
@@ -52,23 +52,29 @@ class Walk:
             with self._recording(rung):
                 self.sketched.append(self._sketch(rung))
         sizes = {step.rung: step.candidate.bytes for step in self.sketched}
-        exact = between(self.workshop.task, sizes, limit) if limit is not None else None
-        if exact:
-            with self._recording(exact):
-                self.sketched.append(self._sketch(exact))
+        first, task = list[Try](), self.workshop.task
+        exact = {share: made for share in (0.0, NARROW) if limit is not None and (made := between(task, sizes, limit, share))}
+        for rung in exact.values():
+            with self._recording(rung):
+                first.append(self._sketch(rung))
         if self.last and not self.sketched:
             raise self.last
         self.sketched.sort(key=lambda step: -step.candidate.bytes)
+        # of the rungs that differ in bits alone, the one with most of them that fits loses least
         fitting = [step for step in self.sketched if limit is None or step.candidate.bytes <= limit]
-        if exact:  # of the rungs that differ in bits alone, the one with most of them that fits loses least
-            fitting = [step for step in fitting if step.rung is exact or not (step.rung.row and step.rung.row[0] == 0)]
-        if not fitting:
+        fitting = [step for step in fitting if not (step.rung.row and step.rung.row[0] in exact)]
+        first = [step for step in first if limit is None or step.candidate.bytes <= limit]
+        self.sketched += first
+        if len(first) > 1 and first[0].rung.row and first[0].rung.row[1] < THIN:
+            first.reverse()
+        if not first + fitting:
             self.tell("No recipe of the ladder is small enough; the smallest is tried.")
-        took = 0.0
-        for step, times in self._steps(fitting or self.sketched[-1:], 1 if exact else 2):
-            if took and self._late(took * times):
+        took, passes = 0.0, 0.0
+        for step in self._steps(first + fitting or self.sketched[-1:], 1 if first else 2):
+            longer = max(1.0, step.rung.passes / passes) if passes else 1.0
+            if took and self._late(took * longer):
                 return "minutes"
-            begin, before = time.monotonic(), len(self.tried)
+            begin, before, passes = time.monotonic(), len(self.tried), step.rung.passes
             with self._recording(step.rung):
                 self._climb(step)
             met = any(step.kept and not self.judge.missed(step.candidate) for step in self.tried[before:])
@@ -103,15 +109,15 @@ class Walk:
         """The rung without training, if it has any."""
         return self._sketch(rung) if rung.trains else Try(rung, self.workshop.build(rung.name, rung.recipe))
 
-    def _steps(self, fitting: list[Try], first: int) -> Iterator[tuple[Try, float]]:
-        """What to try, in turn: the first rungs, more training for the best of them, then the other rungs; and how much longer it takes."""
-        yield from ((step, 1.0) for step in fitting[:first])
+    def _steps(self, fitting: list[Try], first: int) -> Iterator[Try]:
+        """What to try, in turn: the first rungs, more training for the best of them, then the other rungs."""
+        yield from fitting[:first]
         target = self.judge.target
         trained = [step for step in self.tried if step.kept and step.rung.trains]
         if trained and not (target.size is None and target.speed is None):
             best = min(trained, key=lambda step: self.judge.rank(step.candidate))
-            yield self._sketch(best.rung.longer(_LONGER)), _LONGER
-        yield from ((step, 1.0) for step in fitting[first:])
+            yield self._sketch(best.rung.longer(_LONGER))
+        yield from fitting[first:]
 
     def _climb(self, step: Try) -> None:
         """Measures the rung without its training, then, unless that is enough, with it."""

@@ -6,12 +6,13 @@ from .board import shown
 from .companion import Companion
 from .layout import arrange, lay_out
 from .loop import Loss, fit
-from .optimizer import Training
+from .optimizer import OPTIMIZER, Training, default_rate
 from .rate import Rate, entropy
-from .teacher import Teacher, default_rate, recover
+from .teacher import Teacher, recover
 from .unfreeze import Unfreeze
 
 __all__ = [
+    "OPTIMIZER",
     "Augment",
     "Average",
     "Companion",

@@ -13,7 +13,6 @@ from torch import Tensor, fx
 from ..errors import TrainError
 from ..graph import Graph, spec
 from ..graph.fuse import fuse
-from ..graph.model import aten
 from ..task import Task, call, tensors, total
 from .augment import Augment, Mix, mixed
 from .board import note
@@ -124,15 +123,3 @@ def recover(
         return torch.zeros((), device=next(tensors(outputs)).device)
 
     return fit(graph, task, loss, how, workdir, companions)
-
-
-def default_rate(graph: Graph, optimizer: str) -> float:
-    """A learning rate for a trained network that has lost something.
-
-    Batch normalization makes the outputs independent of the scale of the weights, so that large steps do no harm.
-    Without it, in transformers and where it was folded before quantization, they destroy what is there.
-    With it SGD goes far from the old minimum, and in ten passes to a better one than AdamW, which stays near.
-    """
-    if not graph.find(aten.batch_norm.default):
-        return 1e-3 if optimizer == "sgd" else 1e-4
-    return 0.05 if optimizer == "sgd" else 1e-3

@@ -12,7 +12,7 @@ from multum.errors import StepError, TrainError
 from multum.graph import Graph, capture
 from multum.step import Recipe, compress, methods
 from multum.task import Task, call
-from multum.train.teacher import default_rate
+from multum.train import default_rate
 
 torch.set_num_threads(1)
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion_mnist"

@@ -66,4 +66,4 @@ def test_openvino_runs_it_as_one_operator(tmp_path):
     path.write_bytes(to_onnx_bytes(capture(Block(), (torch.randn(2, 16, 64), torch.ones(2, 16, dtype=torch.long)))))
     compiled = openvino.Core().compile_model(path, "CPU")
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
-    assert "Softmax" not in kinds and "MatMul" not in kinds, kinds
+    assert not {"Softmax", "MatMul"} & {*kinds}, kinds
