@@ -23,7 +23,7 @@ LINES = OUT / "rows.jsonl"
 def coded(
     bits: float, epochs: float, learning_rate: float, parameters: float = 1.0, recovery: float = 0.0, start: float = 1.3
 ) -> list[multum.Step]:
-    """A share of the parameters is kept and recovers for some passes; then onto a grid at `start` bits, and down to `bits` while it learns."""
+    """A share of the parameters, which recovers for some passes; then onto a grid at `start` bits, and down to `bits` while it learns."""
     steps: list[multum.Step] = []
     if parameters < 1:
         steps = [multum.prune.Channels(parameters=parameters, multiple=1, floor=0.01)]

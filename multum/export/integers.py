@@ -104,6 +104,7 @@ def finer(node: fx.Node, integers: Tensor) -> int:
 
     One where they meet none, or fill their type.
     """
+    library()
     kinds, reach = (*QUANTIZERS, torch.ops.multum.fake_quantize.default), int(integers.abs().max()) if integers.numel() else 0
     inputs = [part for user in node.users for part in user.all_input_nodes if part is not node and part.target in kinds]
     few = [part for part in inputs if not _constant(part.args[0]) and int(part.args[4]) - int(part.args[3]) < 255]  # type: ignore[arg-type]

@@ -8,12 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import multum
-from multum.errors import StepError
+from multum.errors import MultumError, StepError
+from multum.export import to_onnx_bytes, verify
 from multum.graph import layers
 from multum.graph.file import from_data, to_data
 from multum.graph.layers import QUANTIZERS, source
 from multum.graph.model import aten, read
-from multum.prune import Weights
+from multum.lighten import Reparameterize
+from multum.prune import Gradual, Shrink, Weights
 from multum.quantize import Aware, Binary, Static
 from multum.quantize.midrise import Midrise, fitted, odd_integers
 from multum.step import compress
@@ -181,3 +183,42 @@ def test_binary_weights_are_refused_twice() -> None:
 def test_options_of_binary_out_of_range_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(StepError):
         Binary(**options)
+
+
+@pytest.mark.parametrize(
+    "steps", [[Aware(weight_bits=2, activation_bits=2, edges=2, epochs=8.0, learning_rate=1e-2)], [Static(4, 3, edges=4)]]
+)
+def test_few_bits_are_exported_bit_for_bit(steps: list[multum.Step]) -> None:
+    """Engines round biases to multiples of both scales: those of the graph are multiples already."""
+    torch.manual_seed(0)
+    body = [
+        nn.Conv2d(1, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128, 2),
+    ]
+    x = torch.randn(64, 1, 8, 8)
+    y = (x.mean((1, 2, 3)) > 0).long()
+    model = nn.Sequential(*body)
+    for _ in range(3):  # the statistics of the normalizations
+        model(x + 0.3)
+    batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 64, 16)]
+    task = Task(model.eval(), x[:2], train=batches, calibration=batches, loss=F.cross_entropy)
+    graph = compress(task, steps).graph
+    found = verify(graph, to_onnx_bytes(graph), [x + 0.1 * torch.randn_like(x) for _ in range(4)])
+    assert found.largest_difference < 1e-4
+
+
+@pytest.mark.parametrize("step", [Aware, Binary, Gradual, Shrink, Reparameterize])
+def test_any_training_may_go_far(step: type[multum.Step]) -> None:
+    task = rings()
+    assert step(optimizer="sgd").optimizer == "sgd"  # type: ignore[call-arg, attr-defined]
+    with pytest.raises(MultumError, match="'adamw' or 'sgd'"):
+        step(optimizer="adam")  # type: ignore[call-arg]
+    if step is Aware:
+        far = compress(task, Aware(optimizer="sgd", learning_rate=0.1, epochs=2.0)).graph
+        assert error(far, task) != error(compress(task, Aware(learning_rate=0.1, epochs=2.0)).graph, task)

@@ -279,6 +279,37 @@ def test_what_data_choose_fills_the_size_without_training(monkeypatch: pytest.Mo
     assert not any(trained(step.candidate) for step in found.tried)
 
 
+@pytest.mark.parametrize(("limit", "wide"), [(0.05, True), (0.03, False)])
+def test_half_of_the_channels_go_before_bits_become_too_few(monkeypatch: pytest.MonkeyPatch, limit: float, wide: bool) -> None:
+    def size(recipe: Recipe) -> int:
+        kept = 0.25 if "prune.Channels" in str(recipe) else 1.0
+        return int(2000 + 3000 * coded_bits(recipe) * kept)
+
+    shop = Shop(toy(), size, lambda candidate: (5.0, 2.0))
+    rungs = [made for made in ladder(shop.task) if made.coded]
+    monkeypatch.setattr(sys.modules[Walk.__module__], "ladder", lambda task: rungs)
+    found = walk(shop, size=limit, max_drop=0.5)
+    found.run()
+    first = next(step.candidate for step in found.tried if trained(step.candidate))
+    assert ("prune.Channels" not in str(first.recipe)) == wide
+    assert sum("prune.Channels" not in str(step.candidate.recipe) for step in found.tried if trained(step.candidate)) <= 2  # and longer
+
+
+def test_a_longer_training_is_not_begun_when_it_would_end_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+
+    def measured(candidate: Candidate) -> tuple[float, float]:
+        clock.now += 10.0
+        return 5.0, 2.0
+
+    rungs = [rung(0.0, 4), rung(0.25, 4).longer(8)]
+    monkeypatch.setattr(sys.modules[Walk.__module__], "ladder", lambda task: rungs)
+    found = walk(Shop(toy(), size_by_bits_and_width, measured), size="1/8", max_drop=0.5, minutes=2)
+    assert found.run() == "minutes"
+    assert clock.now == 30.0  # the first took 30 s, eight times as much is over 2 minutes
+
+
 def test_without_a_size_the_bits_are_halved_in_on(monkeypatch: pytest.MonkeyPatch) -> None:
     shop = Shop(
         toy(train=None), lambda recipe: int(3000 * coded_bits(recipe)), lambda candidate: (0.0 if candidate.bytes > 2500 else 5.0, 2.0)
