@@ -21,21 +21,19 @@ LINES = OUT / "rows.jsonl"
 
 
 def coded(
-    bits: float, epochs: float, learning_rate: float, parameters: float = 1.0, recovery: float = 0.0, start: float = 1.3
+    bits: float, epochs: float, learning_rate: float, parameters: float, recovery: float, far: float, start: float = 1.3
 ) -> list[multum.Step]:
-    """A share of the parameters, which recovers for some passes; then onto a grid at `start` bits, and down to `bits` while it learns."""
-    steps: list[multum.Step] = []
-    if parameters < 1:
-        steps = [multum.prune.Channels(parameters=parameters, multiple=1, floor=0.01)]
-        steps += [multum.distill.Logits(epochs=recovery, optimizer="sgd", patience=0)]
+    """A share of the parameters, which recovers by SGD at `far`; then onto a grid at `start` bits, and down to `bits` while it learns."""
+    cut = multum.prune.Channels(parameters=parameters, multiple=1, floor=0.01)
+    recover = multum.distill.Logits(epochs=recovery, optimizer="sgd", learning_rate=far, patience=0)
     learn = multum.distill.Logits(bits=bits, epochs=epochs, learning_rate=learning_rate, patience=0)
-    return [*steps, multum.quantize.RateDistortion(bits=max(bits, start), rounding="nearest"), learn, multum.quantize.Half()]
+    return [cut, recover, multum.quantize.RateDistortion(bits=max(bits, start), rounding="nearest"), learn, multum.quantize.Half()]
 
 
 RECIPES = {
-    "lenet": {"parameters": 0.1, "recovery": 10.0, "bits": 1.3, "epochs": 5.0, "learning_rate": 2e-3},
-    "vgg": {"parameters": 0.2, "recovery": 6.0, "bits": 1.0, "epochs": 4.0, "learning_rate": 2e-3},
-    "resnet20": {"parameters": 0.3, "recovery": 10.0, "bits": 1.3, "epochs": 3.0, "learning_rate": 2e-3},
+    "lenet": {"parameters": 0.2, "recovery": 9.0, "far": 0.03, "bits": 1.0, "epochs": 9.0, "learning_rate": 3e-3},
+    "vgg": {"parameters": 0.2, "recovery": 6.0, "far": 0.05, "bits": 1.0, "epochs": 4.0, "learning_rate": 2e-3},
+    "resnet20": {"parameters": 0.3, "recovery": 8.0, "far": 0.05, "bits": 1.8, "epochs": 6.0, "learning_rate": 2e-3},
     "reuters": {"parameters": 1 / 3, "bits": 2.0},
 }
 
@@ -71,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="+", choices=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    for option in ("parameters", "recovery", "bits", "epochs", "learning_rate"):
+    for option in ("parameters", "recovery", "far", "bits", "epochs", "learning_rate"):
         parser.add_argument(f"--{option}", type=float, help="in place of the recipe's")
     given = parser.parse_args()
     torch.set_num_threads(1)
