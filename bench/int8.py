@@ -100,7 +100,7 @@ def rows(task: multum.Task, steps: list[multum.Step], peers: bool):
     with tempfile.TemporaryDirectory() as name:
         folder, start = Path(name), time.process_time()
         result = multum.compress(task, steps)
-        ours = multum.export(result.graph, folder / "multum.onnx")
+        ours = multum.export(result.graph, folder / "multum.onnx", inputs=list(calibration(task, 64)))
         took = time.process_time() - start
         if not peers:
             print(f"  ONNX {ours.stat().st_size:,} bytes, .mip {multum.save(result, folder / 'multum.mip', task):,}", flush=True)
