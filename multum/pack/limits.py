@@ -15,6 +15,7 @@ from ..graph import Graph, layers
 from . import mip, model
 
 _BINS, _FINE = 384, 0.01  # of a histogram; distortion, relative to the variance, below which it would be too coarse
+_SMALLEST = 1e-300  # a probability, for kernels so narrow that no output reaches a bin
 _SLOPES = (0.7, 0.85, 1.0, 1.2, 1.5)  # of the curve, in those of a Gaussian's at the same distortion
 _ROUNDS = 80
 _FEWEST = 64  # numbers that have a distribution
@@ -126,10 +127,10 @@ def rate(values: Floats, distortion: float) -> float:
         kernel = np.exp(-slope * square)
         outputs = np.full(_BINS, 1 / _BINS)
         for _ in range(_ROUNDS):
-            reached = kernel @ outputs
+            reached = np.maximum(kernel @ outputs, _SMALLEST)
             gain = (share / reached) @ kernel
             outputs *= gain
-        reached = kernel @ outputs
+        reached = np.maximum(kernel @ outputs, _SMALLEST)
         gain = (share / reached) @ kernel
         bits = -slope * distortion / math.log(2) - float(share @ np.log2(reached)) - math.log2(float(gain.max()))
         best = max(best, bits)
