@@ -21,6 +21,13 @@ def test_a_gaussian_has_the_rate_of_the_textbook(distortion):
     assert exact - 0.06 < rate(NORMAL, distortion) <= exact + 0.005
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("distortion", [0.02, 0.1])
+def test_a_few_far_numbers_are_no_trouble(distortion):
+    values = np.concatenate([NORMAL[:20_000], [60.0, -60.0] * 8])
+    assert 0 < rate(values / values.std(), distortion) < rate(NORMAL, distortion)
+
+
 @pytest.mark.parametrize("distortion", [0.1, 0.2])
 def test_fair_signs_need_what_the_textbook_says_at_most(distortion):
     """A code for signs may send the sign with errors: h(p) bits at a squared error of 4p, and less is possible."""
