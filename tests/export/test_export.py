@@ -395,16 +395,3 @@ def test_an_operator_that_onnx_lacks_is_named():
 
     with pytest.raises(ExportError, match="svd"):
         to_onnx_bytes(capture(Odd(), torch.randn(2, 3, 3)))
-
-
-def test_noise_may_fall_between_integers_and_data_may_not(monkeypatch):
-    seen = importlib.import_module("multum.export.verify")
-    monkeypatch.setattr(seen, "_compare", lambda *_, **__: seen.Verification(0.995, None, 0.1, 16))
-    plain = capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4))
-    grids = plain.copy()
-    quantize_value(grids, next(node for node in grids.fx.nodes if node.op == "placeholder"), 0.1, 128)
-    assert verify(grids, to_onnx_bytes(grids)).cosine == 0.995
-    with pytest.raises(ExportError, match=r"cosine 0\.99500"):
-        verify(grids, to_onnx_bytes(grids), [torch.randn(2, 4)])
-    with pytest.raises(ExportError, match=r"cosine 0\.99500"):
-        verify(plain, to_onnx_bytes(plain))
