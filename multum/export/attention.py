@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-LOWEST = -3.4028234663852886e38  # of single precision: what is masked, added to a score; minus infinity would leave NaN behind
+_LOWEST = -3.4028234663852886e38  # of single precision: what is masked, added to a score; minus infinity would leave NaN behind
 _MASKED = -1e38  # below: no key is left
 
 
@@ -34,7 +34,7 @@ def attention(
     if attn_mask is None:
         return op.MatMul(op.Softmax(scores, axis=-1), value)
     if attn_mask.dtype == ir.DataType.BOOL:
-        attn_mask = op.Where(attn_mask, number(0.0), number(LOWEST))
+        attn_mask = op.Where(attn_mask, number(0.0), number(_LOWEST))
     found = op.MatMul(op.Softmax(op.Add(scores, attn_mask), axis=-1), value)
     left = op.ReduceMax(attn_mask, op.Constant(value_ints=[-1]), keepdims=1)
     return op.Where(op.Less(left, number(_MASKED)), number(0.0), found)

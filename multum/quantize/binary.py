@@ -60,7 +60,7 @@ class Binary(Step):
         midrise.quantize(graph)
         rate = 2 * default_rate(graph, self.optimizer) if self.learning_rate is None else self.learning_rate
         graph.requires_grad_(True)
-        how = Training.of(graph, rate, self.optimizer, epochs=self.epochs)
+        how = Training(epochs=self.epochs, learning_rate=rate, optimizer=self.optimizer)
         measured = recover(graph, task, how, workdir, (midrise,))
         midrise.settle(graph)
         fuse(graph)

@@ -78,6 +78,12 @@ class Rung:
         return any(isinstance(step, RateDistortion) for step in self.recipe.flat())
 
     @property
+    def thin(self) -> tuple[bool, float]:
+        """What orders rungs of one size: those with too few bits come last, else the wider ones first."""
+        share, bits, _ = self.row or (0.0, 32.0, False)
+        return bits < THIN, share
+
+    @property
     def passes(self) -> float:
         """Over the training data, in all."""
         return sum(float(getattr(step, "epochs", 0.0)) for step in self.recipe.flat() if step.stage is None)

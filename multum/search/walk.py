@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import FileError, MissingExtra, MultumError, TaskError
 from .evaluate import Candidate, Workshop
 from .judge import Judge
-from .ladder import NARROW, THIN, Rung, between, coded, ladder
+from .ladder import NARROW, Rung, between, coded, ladder
 
 _SLOWER = 1.05  # integer activations are kept where they are faster than floating-point ones by more than this
 _LONGER = 3.0  # times the training, when a recipe loses too much
@@ -52,25 +52,22 @@ class Walk:
             with self._recording(rung):
                 self.sketched.append(self._sketch(rung))
         sizes = {step.rung: step.candidate.bytes for step in self.sketched}
-        first, task = list[Try](), self.workshop.task
+        task = self.workshop.task
         exact = {share: made for share in (0.0, NARROW) if limit is not None and (made := between(task, sizes, limit, share))}
         for rung in exact.values():
             with self._recording(rung):
-                first.append(self._sketch(rung))
+                self.sketched.append(self._sketch(rung))
         if self.last and not self.sketched:
             raise self.last
         self.sketched.sort(key=lambda step: -step.candidate.bytes)
-        # of the rungs that differ in bits alone, the one with most of them that fits loses least
         fitting = [step for step in self.sketched if limit is None or step.candidate.bytes <= limit]
-        fitting = [step for step in fitting if not (step.rung.row and step.rung.row[0] in exact)]
-        first = [step for step in first if limit is None or step.candidate.bytes <= limit]
-        self.sketched += first
-        if len(first) > 1 and first[0].rung.row and first[0].rung.row[1] < THIN:
-            first.reverse()
-        if not first + fitting:
+        # of the rungs that differ in bits alone, the one with most of them that fits loses least
+        first = sorted((step for step in fitting if step.rung in exact.values()), key=lambda step: step.rung.thin)
+        fitting = first + [step for step in fitting if not (step.rung.row and step.rung.row[0] in exact)]
+        if not fitting:
             self.tell("No recipe of the ladder is small enough; the smallest is tried.")
         took, passes = 0.0, 0.0
-        for step in self._steps(first + fitting or self.sketched[-1:], 1 if first else 2):
+        for step in self._steps(fitting or self.sketched[-1:], 1 if first else 2):
             longer = max(1.0, step.rung.passes / passes) if passes else 1.0
             if took and self._late(took * longer):
                 return "minutes"
