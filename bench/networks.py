@@ -36,28 +36,27 @@ class LeNet5(nn.Module):
 
 
 class Vgg(nn.Module):
-    """Convolutions of 3x3 as in VGG (Simonyan & Zisserman 2015), three poolings, 2,745,538 parameters."""
+    """Convolutions of 3x3 and then wide linear layers, as in VGG (Simonyan & Zisserman 2015): 2,524,934 parameters, 12.7 million products."""
 
     def __init__(self) -> None:
         super().__init__()
         parts: list[nn.Module] = []
         inputs = 1
-        for outputs in (24, 24, 0, 48, 48, 0, 96, 96, 0, 256, 256, 512):
+        for outputs in (16, 16, 0, 32, 32, 0, 64, 64, 0, 128, 256):
             if not outputs:
                 parts.append(nn.MaxPool2d(2))
                 continue
             parts += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
             inputs = outputs
         self.body = nn.Sequential(*parts)
-        self.fc = nn.Linear(inputs * 9, 128)
-        self.head = nn.Linear(128, 10)
+        self.fc, self.head = nn.Linear(inputs * 9, 900), nn.Linear(900, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.relu(self.fc(self.body(x).flatten(1))))
 
 
 # The network, the passes over the training images, and the highest learning rate.
-NETWORKS = {"lenet": (LeNet5, 20, 0.03), "vgg": (Vgg, 10, 0.1)}
+NETWORKS = {"lenet": (LeNet5, 20, 0.03), "vgg": (Vgg, 12, 0.1)}
 
 
 def trained(name: str, seed: int) -> nn.Module:
