@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,8 +16,10 @@ from ..errors import StepError
 from ..graph import Graph, Layer, layers
 from ..step import Plan, Stage, Step, option
 from ..task import Task
+from ..train import Training, recover
 from .codebook import planned, read_from
 from .kmeans import STARTS, assign, bits_of, kmeans
+from .soft import Soft
 
 _SCOPES, _WEIGHTINGS = ("layer", "channel", "model"), ("auto", "none", "curvature", "fisher")
 _FLOOR = 0.05  # of the mean weight: what no sample needed still counts
@@ -28,6 +30,30 @@ _PROBE = 1 << 16  # vectors of a codebook that are looked at in that search
 _Book = tuple[Tensor, Tensor, bool]  # vectors [groups, n, size], what their errors count, and whether zeros stay
 
 
+@dataclass
+class _Shelf:
+    """The codebooks of a graph: the layers of each, and by weight what errors count [groups, n, size], and its scale if it has one."""
+
+    graph: Graph
+    size: int
+    scope: str
+    members: dict[str, list[Layer]] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def grouped(self, layer: Layer, value: Tensor) -> Tensor:
+        return _grouped(layer, value, self.size) if self.scope == "channel" else value.reshape(1, -1, self.size)
+
+    def book(self, name: str) -> _Book:
+        """What the codebook is made for, as the weights are now."""
+        vectors = list[Tensor]()
+        for layer in self.members[name]:
+            weight, scale = self.graph.tensor(layer.weight).detach().float(), self.scales[layer.weight]
+            vectors.append(self.grouped(layer, weight if scale is None else weight / scale))
+        counted = [self.counts[layer.weight] for layer in self.members[name]]
+        return torch.cat(vectors, 1), torch.cat(counted, 1), any(layer.weight in self.graph.sparse for layer in self.members[name])
+
+
 @dataclass(frozen=True)
 class Clusters(Step):
     """Replaces each weight by the nearest entry of a codebook of 2^`bits` (Han, Mao & Dally 2016, "Deep compression", section 3).
@@ -35,7 +61,8 @@ class Clusters(Step):
     With `size` above 1 vectors of so many weights that lie in a row of the matrix share an entry (product quantization; Gong et al. 2014;
     Stock et al. 2020). The indices never change again: training that follows moves the entries. In a file the indices are entropy coded;
     `entropy` bounds what they take there, and entries are then chosen by error plus a price for the bits of their index. Zeros that
-    pruning set stay zero.
+    pruning set stay zero. With `epochs` the network trains toward the original before the indices are settled, and weights choose their
+    entry while it does, see `soft.py`.
     """
 
     stage: ClassVar[Stage | None] = Stage.NUMBERS
@@ -49,6 +76,8 @@ class Clusters(Step):
     )
     entropy: float | None = option(None, "most bits per index that the indices may take on average, when they are entropy coded")
     samples: int = option(256, "that weighting looks at")
+    epochs: float = option(0.0, "passes over the training data in which weights choose their entries softly; 0: nearest entries at once")
+    learning_rate: float | None = option(None, "highest one of that training; found from the graph when not given")
     include: str | tuple[str, ...] = option("*", "glob patterns of layers")
     exclude: str | tuple[str, ...] = option((), "glob patterns of layers to leave as they are")
 
@@ -64,9 +93,12 @@ class Clusters(Step):
             raise StepError(f"share.Clusters: start is {self.start!r} and size {self.size}.", "kmeans++: vectors have no order")
         if self.entropy is not None and not 0 < self.entropy < self.bits:
             raise StepError(f"share.Clusters: entropy is {self.entropy} of {self.bits} bits.", "more than 0 and less than bits")
+        if self.epochs < 0:
+            raise StepError(f"share.Clusters: epochs is {self.epochs}.", "0 or more")
 
     def requires(self) -> tuple[str, ...]:
-        return {"fisher": ("train", "loss"), "curvature": ("calibration",)}.get(self.weighting, ())
+        weighting = {"fisher": ("train", "loss"), "curvature": ("calibration",)}.get(self.weighting, ())
+        return tuple(dict.fromkeys((*weighting, *(("train",) if self.epochs else ()))))
 
     def plan(self, graph: Graph, task: Task) -> Plan:
         def change(layer: Layer) -> dict[str, Any]:
@@ -89,40 +121,62 @@ class Clusters(Step):
         return None
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
-        own = [layer for layer in layers(graph) if "entries" in plan.changes.get(layer.name, ())]
-        importance = self._importance(graph, task) if any(layer.kind != "embedding" for layer in own) else {}
-        scales = {layer.weight: _root(graph.tensor(layer.weight)) if self.scope == "model" else None for layer in own}
-        parts: dict[str, list[tuple[Layer, Tensor, Tensor]]] = {}  # the layers of each codebook, with vectors and what their errors count
-        for layer in own:
-            weight = graph.tensor(layer.weight).detach().float()
-            scale = scales[layer.weight]
-            counts = importance.get(layer.weight, torch.ones_like(weight)) if layer.kind != "embedding" else torch.ones_like(weight)
-            both = (weight if scale is None else weight / scale, counts)
-            vectors, counted = (_grouped(layer, v, self.size) if self.scope == "channel" else v.reshape(1, -1, self.size) for v in both)
-            if scale is not None:
-                counted = counted * scale.square()
-            parts.setdefault("" if self.scope == "model" else layer.weight, []).append((layer, vectors, counted))
-        joined = dict[str, _Book]()
-        for name, rows in parts.items():
-            zero = any(layer.weight in graph.sparse for layer, _, _ in rows)
-            joined[name] = torch.cat([row[1] for row in rows], 1), torch.cat([row[2] for row in rows], 1), zero
-        price = self._price(joined, task.seed) if self.entropy else 0.0
+        shelf = self._shelf(graph, plan, task)
+        books = {name: shelf.book(name) for name in shelf.members}
+        price = self._price(books, task.seed) if self.entropy else 0.0
+        learned = {name: self._learned(*book, price, task.seed) for name, book in books.items()}
+        trained = self._choose_softly(shelf, books, learned, price, task, workdir) if self.epochs and books else {}
         total = 0.0
-        for name, (vectors, counted, zero) in joined.items():
-            index, codebook = self._learned(vectors, counted, price, zero, task.seed)
+        for name, (index, codebook) in learned.items():
             codebook, near, index = _ordered(codebook, index)
             total += float(bits_of(index, codebook.shape[1]).gather(1, index).sum())
-            book = f"{name}_codebook" if name else "codebook"
-            graph.set_tensor(book, codebook.reshape(-1, self.size).to(graph.tensor(parts[name][0][0].weight).dtype), parameter=True)
-            if zero:
-                graph.sparse |= {book}
-            begin = 0
-            for layer, own_vectors, _ in parts[name]:
-                found = index[:, begin : begin + own_vectors.shape[1]] - near[:, None]
-                begin += own_vectors.shape[1]
-                self._put(graph, layer, found, near, book, scales[layer.weight])
-        count = sum(vectors.shape[0] * vectors.shape[1] for vectors, _, _ in joined.values())
-        return {"bits": total / count / self.size, "price": price}
+            layers_of = shelf.members[name]
+            graph.set_tensor(name, codebook.reshape(-1, self.size).to(graph.tensor(layers_of[0].weight).dtype), parameter=True)
+            if books[name][2]:
+                graph.sparse |= {name}
+            parts = torch.split(index, [shelf.counts[layer.weight].shape[1] for layer in layers_of], 1)
+            for layer, part in zip(layers_of, parts, strict=True):
+                self._put(graph, layer, part - near[:, None], near, name, shelf.scales[layer.weight])
+        count = sum(vectors.shape[0] * vectors.shape[1] for vectors, _, _ in books.values())
+        return {"bits": total / count / self.size, "price": price} | trained
+
+    def _shelf(self, graph: Graph, plan: Plan, task: Task) -> _Shelf:
+        own = [layer for layer in layers(graph) if "entries" in plan.changes.get(layer.name, ())]
+        importance = self._importance(graph, task) if any(layer.kind != "embedding" for layer in own) else {}
+        shelf = _Shelf(graph, self.size, self.scope)
+        for layer in own:
+            weight = graph.tensor(layer.weight)
+            scale = shelf.scales[layer.weight] = _root(weight) if self.scope == "model" else None
+            shelf.members.setdefault("codebook" if self.scope == "model" else f"{layer.weight}_codebook", []).append(layer)
+            counted = importance.get(layer.weight) if layer.kind != "embedding" else None
+            counted = shelf.grouped(layer, torch.ones_like(weight, dtype=torch.float32) if counted is None else counted)
+            shelf.counts[layer.weight] = counted if scale is None else counted * scale.square()
+        return shelf
+
+    def _choose_softly(
+        self, shelf: _Shelf, books: Mapping[str, _Book], learned: dict[str, tuple[Tensor, Tensor]], price: float, task: Task,
+        workdir: Path | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Trains the graph on the shelf, whose weights read what was learned softly, and puts into `learned` what they chose."""
+        soft, trained = Soft(), shelf.graph.copy()
+        for name, (index, codebook) in learned.items():
+            vectors, counted, zero = books[name]
+            penalty = price * bits_of(index, codebook.shape[1])
+            lost = float(assign(vectors, counted, codebook, torch.zeros_like(penalty))[1].mean())
+            trained.set_tensor(name, codebook.reshape(-1, self.size), parameter=True)
+            for layer in shelf.members[name]:
+                across = self.scope == "channel" and layer.kind == "embedding"
+                soft.read(trained, layer.weight, shelf.counts[layer.weight], name, penalty, lost, across, shelf.scales[layer.weight], zero)
+        how = Training.of(trained.requires_grad_(True), self.learning_rate, epochs=self.epochs, patience=0)
+        measured = recover(trained, task, how, workdir, (soft,))
+        for name, _ in list(shelf.graph.named_tensors()):
+            shelf.graph.set_tensor(name, trained.tensor(name).detach())
+        for weight, scale in shelf.scales.items():
+            shelf.scales[weight] = scale if scale is None else trained.tensor(f"{weight}_scale").detach()
+        for name, (_, codebook) in learned.items():
+            codebook = trained.tensor(name).detach().reshape(codebook.shape)
+            learned[name] = self._assigned(*shelf.book(name), codebook, price), codebook
+        return measured
 
     def _put(self, graph: Graph, layer: Layer, index: Tensor, near: Tensor, book: str, scale: Tensor | None) -> None:
         """The weight of the layer reads these indices [groups, n], counted from the entries `near` zero [groups]."""
@@ -146,8 +200,11 @@ class Clusters(Step):
         mean = sum(float(value.sum()) for value in found.values()) / max(1, sum(value.numel() for value in found.values()))
         return {name: value / max(mean, 1e-30) + _FLOOR * (value.mean() / max(mean, 1e-30)) + 1e-6 for name, value in found.items()}
 
-    def _learned(self, vectors: Tensor, counted: Tensor, price: float, zero: bool, seed: int) -> tuple[Tensor, Tensor]:
+    def _learned(self, vectors: Tensor, counted: Tensor, zero: bool, price: float, seed: int) -> tuple[Tensor, Tensor]:
         codebook = kmeans(vectors, counted, 2**self.bits, self.start, price, seed, zero)
+        return self._assigned(vectors, counted, zero, codebook, price), codebook
+
+    def _assigned(self, vectors: Tensor, counted: Tensor, zero: bool, codebook: Tensor, price: float) -> Tensor:
         penalty = codebook.new_zeros(codebook.shape[:2])
         index, _ = assign(vectors, counted, codebook, penalty)
         for _ in range(3 if price else 0):
@@ -155,7 +212,7 @@ class Clusters(Step):
         if zero:  # what is zero stays so, whatever it costs
             none = (codebook.square().sum(2) == 0).float().argmax(1, keepdim=True)
             index = torch.where((vectors == 0).all(2), none, index)
-        return index, codebook
+        return index
 
     def _price(self, joined: Mapping[str, _Book], seed: int) -> float:
         """The price of a bit, one for all codebooks, at which the indices take the bits that are asked for."""
@@ -168,7 +225,7 @@ class Clusters(Step):
         def bits(price: float) -> float:
             found = total = 0.0
             for name, (vectors, counted, zero) in probes.items():
-                index, codebook = self._learned(vectors, counted, price, zero, seed)
+                index, codebook = self._learned(vectors, counted, zero, price, seed)
                 whole = joined[name][0]
                 found += float(bits_of(index, codebook.shape[1]).gather(1, index).mean()) * whole.shape[0] * whole.shape[1]
                 total += whole.shape[0] * whole.shape[1]

@@ -1,5 +1,7 @@
 """Codebooks: what they hold, where they are read, that they stay, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -230,3 +232,38 @@ def test_no_vector_is_nearer_to_another_entry_and_every_entry_is_the_mean_of_its
 def test_bits_are_the_entropy():
     index = torch.tensor([[0, 0, 1, 2]])
     assert bits_of(index, 4).tolist() == [[1.0, 2.0, 2.0, 3.0]]
+
+
+def test_weights_that_choose_while_they_train_end_nearer_to_the_original(task):
+    """Each option has its own way into the graph: groups, columns of a table, scales, prices, zeros that stay."""
+    alike = replace(task, loss=None)
+
+    def off(*steps):
+        result = compress(alike, list(steps))
+        graph = result.graph
+        ours, theirs = (one(task.train[0][0]).detach().softmax(1) for one in (graph, task.original))
+        return float((ours - theirs).square().mean()), graph, result.records[-1].measured
+
+    soft = {"epochs": 20.0, "learning_rate": 0.01}
+    for options in ({}, {"bits": 1, "scope": "channel"}, {"scope": "model", "size": 2}, {"entropy": 1.5}):
+        options = {"bits": 2} | options
+        least, (lost, graph, measured) = off(Clusters(**options))[0], off(Clusters(**options, **soft))
+        assert lost < 0.5 * least, options
+        assert measured["steps"] == 40
+        assert measured["bits"] <= options.get("entropy", 8) * 1.2
+        assert not [name for name, _ in graph.named_tensors() if name.endswith(("_counts", "_penalty", "_temperature"))]
+        for name, value in weights(graph).items():
+            groups = value.T if name == "head" and options.get("scope") == "channel" else value
+            groups = groups.reshape(len(groups) if options.get("scope") == "channel" else 1, -1, options.get("size", 1))
+            assert all(len(group.unique(dim=0)) <= 2 ** options["bits"] for group in groups), (options, name)
+    pruned = Weights(ratio=0.5, include="conv", samples=16)
+    before, after = weights(compress(task, pruned).graph)["conv"], weights(off(pruned, Clusters(bits=3, **soft))[1])["conv"]
+    assert (after[before == 0] == 0).all()
+    assert (after != 0).any()
+
+
+def test_choosing_while_training_needs_data_to_train():
+    with pytest.raises(StepError, match="needs"):
+        compress(Task(nn.Linear(8, 8), torch.randn(2, 8)), Clusters(epochs=1.0))
+    with pytest.raises(StepError, match="0 or more"):
+        Clusters(epochs=-1.0)
