@@ -163,18 +163,24 @@ class Evidence:
         return self._grams[layer.name]
 
     def _sum_grams(self, wanted: list[Layer]) -> dict[str, tuple[Tensor, Tensor, int]]:
-        sums: dict[str, list[Any]] = {layer.name: [0, 0, 0] for layer in wanted}
+        sums: dict[str, list[Any]] = {layer.name: [0, 0, 0, None] for layer in wanted}
 
         def see(layer: Layer, value: Tensor) -> None:
             own = sums[layer.name]
             for x in columns(layer, value, self.graph.tensor(layer.weight).shape):
+                # About a mean that is nearly right: about zero, what varies little would be lost in single precision.
+                own[3] = x.mean(2, keepdim=True) if own[3] is None else own[3]
+                x = x - own[3]
                 own[0] += (x @ x.transpose(1, 2)).double()
                 own[1] += x.sum(2).double()
                 own[2] += x.shape[2]
 
         self._read(wanted, see)
-        means = {name: total / count for name, (_, total, count) in sums.items()}
-        return {name: (gram - n * means[name][:, :, None] * means[name][:, None], means[name], n) for name, (gram, _, n) in sums.items()}
+        found = {}
+        for name, (gram, sum_, count, about) in sums.items():
+            off = sum_ / count
+            found[name] = gram - count * off[:, :, None] * off[:, None], off + about[:, :, 0].double(), count
+        return found
 
     def _read(self, wanted: list[Layer], see: Callable[[Layer, Tensor], None]) -> None:
         """Shows what these layers read, on calibration data."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import StepError
+
 _DAMP = 0.01  # of the mean of the gram's diagonal, added to it
 _ITERATIONS, _TOLERANCE = 100, 1e-4  # of conjugate gradients; of the gradient, as a part of what it was
 _HASTE = 10  # iterations between two choices of what goes, where only the order of the scores matters
@@ -102,8 +104,19 @@ def shrunk(gram: Tensor, pull: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def inverse(gram: Tensor) -> Tensor:
-    """The inverse of a damped gram."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram)))
+    """The inverse of a damped gram; one that rounding left indefinite in spite of it is damped more.
+
+    Raises StepError when it is not finite.
+    """
+    if not gram.isfinite().all():
+        raise StepError("What a layer reads is not finite.", "finite numbers", "look at the calibration data, and at what trained it")
+    whole = _damped(gram)
+    ridge = torch.diag_embed(_DAMP * whole.diagonal(dim1=1, dim2=2).abs().mean(1, keepdim=True).expand(whole.shape[:2]))
+    lower, failed = torch.linalg.cholesky_ex(whole)
+    while failed.any():
+        whole, ridge = whole + ridge, 10 * ridge
+        lower, failed = torch.linalg.cholesky_ex(whole)
+    return torch.cholesky_inverse(lower)
 
 
 def _damped(gram: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from .deviation import Deviation
 from .obs import restored, shrunk
 
 MEMORY = 1 << 31  # bytes of results that are held at once; less samples are taken where they do not fit
+_STEADY = 1e-4  # of the square of an input's mean: so much is added to its variance, or what hardly varies would get large weights
+_LITTLE = 1e-3  # of the variance that a batch norm knows
 
 
 @dataclass
@@ -150,9 +152,12 @@ def _refit(graph: Graph, layer: Layer, sweep: Sweep, wanted: list[Tensor], fit: 
 def _sums(of: tuple[Layer, torch.Size], values: list[Tensor], missing: list[Tensor], shifts: bool) -> Errors:
     layer, shape = of
     gram = pull = inputs = outputs = torch.zeros((), dtype=torch.double, device=values[0].device)
-    count = 0
+    count, about = 0, None
     for value, error in zip(values, missing, strict=True):
         for x, e in pairs(layer, value, error, shape):
+            if shifts:  # about a mean that is nearly right: about zero, what varies little would be lost in single precision
+                about = x.mean(2, keepdim=True) if about is None else about
+                x = x - about
             gram, pull = gram + (x @ x.transpose(1, 2)).double(), pull + (e @ x.transpose(1, 2)).double()
             inputs, outputs = inputs + x.sum(2).double(), outputs + e.sum(2).double()
             count += x.shape[2]
@@ -160,6 +165,9 @@ def _sums(of: tuple[Layer, torch.Size], values: list[Tensor], missing: list[Tens
     if shifts:
         gram = gram - count * inputs[:, :, None] * inputs[:, None]
         pull = pull - count * outputs[:, :, None] * inputs[:, None]
+    if about is not None:
+        inputs = inputs + about[:, :, 0].double()
+        gram = gram + torch.diag_embed(_STEADY * count * inputs.square())
     return Errors(*shrunk(gram, pull, count), inputs, outputs)
 
 
@@ -170,7 +178,8 @@ def _restate(graph: Graph, node: fx.Node, values: list[Tensor], wanted: list[Ten
         return
     (mean, variance), (centre, spread) = _moments(values), _moments(wanted)
     old = [graph.tensor(name).double() for name in names]
-    wider = torch.where(spread > 0, variance / spread.clamp_min(1e-30), 1)
+    least = _LITTLE * (old[1] + float(read(node, "eps")))  # what varies less here than this says nothing
+    wider = (variance + least) / (spread + least)
     now = (mean - (centre - old[0]) * wider.sqrt(), old[1] * wider)
     for name, value in zip(names, now, strict=True):
         graph.set_tensor(name, value.to(graph.tensor(name).dtype))
