@@ -36,7 +36,7 @@ class LeNet5(nn.Module):
 
 
 class Vgg(nn.Module):
-    """Convolutions of 3x3 and then wide linear layers, as in VGG (Simonyan & Zisserman 2015): 2,524,934 parameters, 12.7 million products."""
+    """Convolutions of 3x3 and then wide linear layers, as in VGG (Simonyan & Zisserman 2015); 2,524,934 parameters."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -65,7 +65,7 @@ def from_data(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Graph:
         graph.refresh()
     except FileError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, GraphError, OverflowError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, GraphError, ArithmeticError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}"[:300]
         raise FileError(f"The description of the graph is damaged ({reason}).", "a graph written by multum") from error
     return graph
@@ -240,8 +240,8 @@ def quantized_weights(graph: Graph) -> dict[str, fx.Node]:
             uses.setdefault(str(node.target), set()).update(node.users)
     found = {}
     for name, users in uses.items():
-        first = next(iter(users))
-        if len(users) == 1 and first.target in QUANTIZERS and _reads(first.args[0]) == name:
+        first = next(iter(users), None)
+        if first is not None and len(users) == 1 and first.target in QUANTIZERS and _reads(first.args[0]) == name:
             found[name] = first
     return found
 

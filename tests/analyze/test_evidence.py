@@ -114,3 +114,16 @@ def test_what_the_task_lacks_is_named(task: Task) -> None:
     unlabelled = Task(task.model, task.example, train=task.train)
     with pytest.raises(StepError, match="needs `loss`"):
         _ = Evidence(unlabelled.original, unlabelled).squares
+
+
+def test_moments_of_what_hardly_varies_are_right() -> None:
+    """Inputs of 50 and a noise of 1e-3: squares about zero in single precision would drown the noise's."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    data = [(50 + 1e-3 * torch.randn(64, 3), torch.zeros(64)) for _ in range(3)]
+    task = Task(model, data[0][0], calibration=data)
+    gram, mean, count = Evidence(task.original, task, 192).moments(layers(task.original)[0])
+    x = torch.cat([part for part, _ in data]).double()
+    assert count == 192
+    torch.testing.assert_close(mean[0], x.mean(0), rtol=1e-7, atol=0)
+    torch.testing.assert_close(gram[0], (x - x.mean(0)).T @ (x - x.mean(0)), rtol=0.02, atol=1e-6)

@@ -113,6 +113,14 @@ def test_integers_without_a_quantizer_are_refused(described):
         from_data(data | {"integers": ["0.weight"]}, tensors)
 
 
+def test_integers_that_nothing_reads_are_refused(described):
+    data, tensors = copy.deepcopy(described)
+    end = len(data["nodes"]) - 1
+    data["nodes"].insert(end, ["get", "spare"])  # before the output, whose arguments lie before it
+    with pytest.raises(FileError, match="'spare' is said to hold integers"):
+        from_data(data | {"integers": ["spare"]}, tensors | {"spare": torch.ones(3)})
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from multum.errors import StepError
 from multum.prune import obs
 from multum.prune.obs import Choice, restored, shrunk, sparsegpt
 from multum.prune.weights import lowest
@@ -96,3 +97,11 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     x[:, 2] = 0
     for surgeon in obs.SURGEONS.values():
         assert torch.isfinite(surgeon(weight, x @ x.transpose(1, 2), e @ x.transpose(1, 2), lowest(6, 12))).all()
+
+
+def test_a_gram_that_rounding_made_indefinite_is_damped_until_it_has_an_inverse() -> None:
+    gram = torch.tensor([[[1e-9, 2e-8], [2e-8, -4e-8]]])
+    assert torch.linalg.eigvalsh(obs._damped(gram)).min() < 0
+    assert torch.linalg.eigvalsh(obs.inverse(gram)).min() > 0
+    with pytest.raises(StepError, match="not finite"):
+        obs.inverse(torch.full((1, 2, 2), torch.nan))

@@ -6,6 +6,7 @@ import pytest
 
 from multum import capture
 from multum.errors import CaptureError
+from multum.prune import Channels
 from multum.quantize import Activations, Aware, Mixed, Static, WeightOnly
 from multum.step import methods
 from multum.testing import CHECKS, CONFIGS, CORE, SLOW_CHECKS, ZOO, Trial
@@ -19,6 +20,7 @@ VARIANTS = {
     "WeightOnly of 5 bits": (WeightOnly(bits=5), ("resnet", "unet", "bidirectional_gru", "tied_weights", "llama")),
     "Aware of few samples": (Aware(samples=16, epochs=0.5), ("resnet", "tied_weights")),
     "Mixed of few trials": (Mixed(trials=2, samples=16), ("resnet", "tied_weights")),
+    "Channels of inputs that hardly vary": (Channels(), ("levit",)),
     "Activations in pieces": (Activations(bits=4, hard=True), ("mlp", "squeeze_excite")),
 }
 TRIED = {name: (step(), FAST) for name, step in STEPS.items()} | VARIANTS
