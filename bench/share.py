@@ -27,6 +27,8 @@ ROWS = {
     "16 entries": ("fashion_mnist", [Clusters(entropy=2.6), Logits(epochs=1.0), Half()]),
     "16 entries, no training": ("fashion_mnist", [Clusters(entropy=2.6), Half()]),
     "16 entries, 3.1 bits, no training": ("fashion_mnist", [Clusters(entropy=3.1), Half()]),
+    "16 entries, soft": ("fashion_mnist", [Clusters(entropy=2.6, epochs=1.0), Half()]),
+    "pairs, soft": ("fashion_mnist", [Clusters(size=2, bits=6, scope="model", entropy=3.2, epochs=2.0), Half()]),
     "pairs": ("fashion_mnist", [Clusters(size=2, bits=6, scope="model", entropy=3.2), Logits(epochs=2.0), Half()]),
     "pairs, no training": ("fashion_mnist", [Clusters(size=2, bits=6, scope="model", entropy=3.2), Half()]),
     "table, pairs, one codebook": ("reuters", [Clusters(size=2, bits=8, include=TABLE)]),
