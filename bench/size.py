@@ -47,10 +47,12 @@ def shallow(bits: float, parameters: float) -> list[multum.Step]:
     return [*cut, table, learn, multum.quantize.RateDistortion(bits=bits + 0.5), multum.quantize.Half()]
 
 
-def measure(name: str, seed: int, steps: list[multum.Step]) -> dict[str, object]:
-    out = OUT / f"{name}_{seed}"
+def measure(name: str, seed: int, steps: list[multum.Step], size: str | None) -> dict[str, object]:
     task = multum.load_task(ROOT / "examples/reuters/task.py") if name == "reuters" else networks.task(name, seed)
-    result = multum.run(task, multum.Recipe(steps), out, tell=print).data
+    if size:
+        result = multum.search(task, multum.Target(size=size, max_drop=1.0), OUT / f"{name}_{seed}_searched", tell=print).data
+    else:
+        result = multum.run(task, multum.Recipe(steps), OUT / f"{name}_{seed}", tell=print).data
     drop, ratios = result["drop"], result["ratios"]
     return {
         "network": name,
@@ -71,13 +73,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     for option in ("parameters", "recovery", "far", "bits", "epochs", "learning_rate"):
         parser.add_argument(f"--{option}", type=float, help="in place of the recipe's")
+    parser.add_argument("--size", help="such as 1/50: what `multum compress --size 1/50 --max-drop 1` finds by itself, in place of a recipe")
     given = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
     for name in given.names:
         for seed in given.seeds:
             chosen = {key: value if getattr(given, key) is None else getattr(given, key) for key, value in RECIPES[name].items()}
-            row = measure(name, seed, (shallow if name == "reuters" else coded)(**chosen))
+            row = measure(name, seed, (shallow if name == "reuters" else coded)(**chosen), given.size)
             print(json.dumps(row), flush=True)
             with LINES.open("a") as file:
                 file.write(json.dumps(row) + "\n")
