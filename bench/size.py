@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     for option in ("parameters", "recovery", "far", "bits", "epochs", "learning_rate"):
         parser.add_argument(f"--{option}", type=float, help="in place of the recipe's")
-    parser.add_argument("--size", help="such as 1/50: what `multum compress --size 1/50 --max-drop 1` finds by itself, in place of a recipe")
+    parser.add_argument("--size", help="such as 1/50: what `multum compress --size 1/50 --max-drop 1` finds, in place of a recipe")
     given = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
