@@ -28,7 +28,7 @@ Floats = NDArray[np.float64]
 class Limit:
     """One tensor of a file. Sizes are in bytes; None where a thing does not apply or there is no original to compare with.
 
-    `bytes` is the coded size (small tensors of a stream share it in proportion to their raw size). `entropy` is the zero-order
+    `bytes` is the coded size (small tensors of a stream share it in proportion to their entropy). `entropy` is the zero-order
     entropy of the stored integers: what coding one by one, with a table for free, would need. `distortion` is the mean squared error
     against the original, over its variance, with a factor for each output channel left free, for scales are stored apart.
     `gaussian` and `bound` are what any code whatever needs for this distortion: of independent Gaussian numbers of this variance
@@ -69,7 +69,8 @@ class Limits:
 def limits(path: str | Path, original: Graph | None = None) -> Limits:
     """Compares the coded size of every tensor in a file with what it needs at least. Raises FileError as `load` does."""
     meta, arrays = mip.read(path)
-    sizes = mip.sizes(path)
+    entropies = {name: _entropy(arrays[name]) if arrays[name].dtype.kind in "iub" and arrays[name].size else None for name in arrays}
+    sizes = mip.sizes(path, {name: float(arrays[name].nbytes) if found is None else found + 1 for name, found in entropies.items()})
     graph = model.load(path) if original is not None and meta.get("format") == model.FORMAT else None
     before = dict(original.named_tensors()) if original is not None else {}
     after = dict(graph.named_tensors()) if graph is not None else {}
@@ -77,8 +78,7 @@ def limits(path: str | Path, original: Graph | None = None) -> Limits:
     rows = []
     for name in arrays:
         array = arrays[name]
-        entropy = _entropy(array) if array.dtype.kind in "iub" and array.size else None
-        row = Limit(name, list(array.shape), array.dtype.name, sizes[name], entropy)
+        row = Limit(name, list(array.shape), array.dtype.name, sizes[name], entropies[name])
         rows.append(_bounded(row, before.get(name), after.get(name), axes.get(name)))
     total = Path(path).stat().st_size
     return Limits(total, total - sum(sizes.values()), rows)

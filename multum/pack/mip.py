@@ -167,16 +167,17 @@ def read(path: Path_, limit_bytes: int = 16 << 30) -> tuple[dict[str, Any], Mapp
     return meta, _Tensors(str(path), file, streams, names)
 
 
-def sizes(path: Path_) -> dict[str, int]:
-    """The coded bytes of each array. Arrays that share a stream share its bytes in proportion to their raw size."""
+def sizes(path: Path_, weights: Mapping[str, float] | None = None) -> dict[str, int]:
+    """The coded bytes of each array. Arrays that share a stream share its bytes in proportion to `weights`, else to their raw size."""
     file, _, streams, names = _open(path, None)
     file.close()
     result = dict.fromkeys(names, 0)
     for stream in streams:
-        raw, done, given = stream.raw, 0, 0
-        for name, size in zip(stream.names, raw, strict=True):
-            done += size
-            upto = stream.length * done // max(1, sum(raw)) if name != stream.names[-1] else stream.length
+        parts = [weights[name] for name in stream.names] if weights else [float(size) for size in stream.raw]
+        done, given = 0.0, 0
+        for name, part in zip(stream.names, parts, strict=True):
+            done += part
+            upto = int(stream.length * done / max(sum(parts), 1e-9)) if name != stream.names[-1] else stream.length
             result[name], given = upto - given, upto
     return result
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import multum
-from multum.pack import limits
+from multum.pack import limits, mip
 from multum.pack.limits import rate
 
 RANDOM = np.random.default_rng(0)
@@ -96,3 +96,13 @@ def test_without_an_original_sizes_and_entropies_remain(task, tmp_path):
 def test_a_cut_tensor_has_no_bound(task, tmp_path):
     multum.save(multum.compress(task, [multum.prune.Channels(ratio=0.5), multum.quantize.WeightOnly()]), tmp_path / "x.mip", task)
     assert limits(tmp_path / "x.mip", task.original).to_data()["total"]["numbers"] == 0
+
+
+def test_tensors_of_one_stream_share_its_bytes_by_their_entropy(tmp_path):
+    random = np.random.default_rng(0)
+    arrays = {"a": random.integers(-60, 60, 400).astype(np.int8), "b": (random.random(400) < 0.02).astype(np.int8)}
+    mip.write(tmp_path / "two.mip", {}, arrays)
+    rows = {row.name: row for row in limits(tmp_path / "two.mip").tensors}
+    assert sum(row.bytes for row in rows.values()) == sum(mip.sizes(tmp_path / "two.mip").values())
+    assert rows["a"].bytes > 5 * rows["b"].bytes
+    assert mip.sizes(tmp_path / "two.mip")["a"] == pytest.approx(mip.sizes(tmp_path / "two.mip")["b"], abs=1)
