@@ -77,15 +77,14 @@ class Augment(Companion):
         for name in self.names:
             inputs, done = self._applied(name, inputs)
             if not done:
-                raise TrainError(f"The inputs have nothing for {name!r}.", "images [n, c, h, w], or for tokens ids [n, t]")
+                raise TrainError(f"The inputs have nothing for {name!r}.", "images [n, c, h, w]; for mixup any numbers [n, ...], for tokens ids [n, t]")
         self.seen = inputs
         return inputs
 
     def _applied(self, name: str, value: Any) -> tuple[Any, bool]:
         """The same inputs with the first tensor that fits changed, and whether there was one."""
         if isinstance(value, Tensor):
-            fits = value.ndim == 2 and not value.is_floating_point() if name == "tokens" else value.ndim == 4
-            if not fits:
+            if not _fits(name, value):
                 return value, False
             if name in _MIXING:
                 value, self.mix = _MIXING[name](value)
@@ -98,6 +97,12 @@ class Augment(Companion):
             part, done = (part, True) if done else self._applied(name, part)
             parts.append(part)
         return (dict(zip(value, parts, strict=True)) if isinstance(value, dict) else type(value)(parts)), done
+
+
+def _fits(name: str, value: Tensor) -> bool:
+    if name == "tokens":
+        return value.ndim == 2 and not value.is_floating_point()
+    return value.ndim == 4 or (name == "mixup" and value.ndim > 1 and value.is_floating_point())
 
 
 def mixed(value: Any, mix: Mix | None) -> Any:

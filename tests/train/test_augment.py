@@ -72,6 +72,13 @@ def test_the_first_tensor_that_fits_is_changed() -> None:
         Augment(["crop"]).view(inputs)
 
 
+def test_series_are_mixed_too() -> None:
+    series, augment = torch.randn(8, 3, 12), Augment(["mixup"])
+    found = augment.view((torch.randint(0, 9, (8, 3)), series))[1]
+    order, share = augment.mix
+    torch.testing.assert_close(found, share * series + (1 - share) * series[order])
+
+
 class Watched(nn.Module):
     """The mean of an image under a scale, and what it was shown."""
 
