@@ -77,7 +77,8 @@ class Augment(Companion):
         for name in self.names:
             inputs, done = self._applied(name, inputs)
             if not done:
-                raise TrainError(f"The inputs have nothing for {name!r}.", "images [n, c, h, w]; for mixup any numbers [n, ...], for tokens ids [n, t]")
+                known = "images [n, c, h, w]; for mixup any numbers [n, ...], for tokens ids [n, t]"
+                raise TrainError(f"The inputs have nothing for {name!r}.", known)
         self.seen = inputs
         return inputs
 
