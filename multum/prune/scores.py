@@ -117,10 +117,15 @@ class _Reader:
         return found
 
     def remove(self, channels: Tensor) -> None:
-        index = self.columns[channels].flatten()
-        rest = torch.linalg.solve(self.inverse[:, index[:, None], index], self.inverse[:, index])
-        self.weight = self.weight - self.weight[:, :, index] @ rest
-        self.inverse = self.inverse - self.inverse[:, :, index] @ rest
+        """Takes these channels out; the matrices shrink, for nobody asks about them again."""
+        index, stays = self.columns[channels].flatten(), torch.ones(self.weight.shape[2], dtype=torch.bool, device=self.weight.device)
+        stays[index] = False
+        left = stays.nonzero().flatten()
+        across = self.inverse[:, index[:, None], left]
+        rest = torch.linalg.solve(self.inverse[:, index[:, None], index], across)
+        self.weight = self.weight[:, :, left] - self.weight[:, :, index] @ rest
+        self.inverse = self.inverse[:, left[:, None], left] - across.mT @ rest
+        self.columns = (stays.cumsum(0) - 1)[self.columns]
 
 
 def _total(evidence: Evidence, groups: Groups, group: Group, single: Callable[[Layer], Tensor]) -> Tensor:
