@@ -3,7 +3,7 @@
 The network is a VGG of five 3x3 convolutions (32, 64 and 128 channels, strides of 2, no pooling), trained here on Fashion-MNIST and kept
 in out/bench/lighten. `replace`: its convolutions become depthwise separable ones. `scratch`: the same architecture begun at random and
 trained just as long, to tell what the dense weights are worth. Scores are of deployed files on the test images, times of ONNX Runtime at
-batch 1 and 32 on one thread, in turns. `reparameterize`: its training form next to what it merges into.
+batch 1 and 32 on one thread, in turns. `reparameterize`: its training form next to what it merges into, in PyTorch as well.
 """
 
 from __future__ import annotations
@@ -89,6 +89,22 @@ def times(job: multum.Task, model: Path, original: Path) -> None:
         )
 
 
+def eager(wide: multum.Graph, merged: multum.Graph, inputs: torch.Tensor) -> None:
+    """Processor time in PyTorch, eval mode, in turns: the median of the ratios."""
+    for batch in (1, 32):
+        ratios = []
+        for _ in range(25):
+            spent = []
+            for graph in (wide, merged):
+                with torch.no_grad():
+                    graph(inputs[:batch])
+                    begin = time.process_time()
+                    graph(inputs[:batch])
+                    spent.append(time.process_time() - begin)
+            ratios.append(spent[0] / spent[1])
+        print(f"  batch {batch}, in PyTorch: {np.median(ratios):.2f}x", flush=True)
+
+
 def replace(job: multum.Task) -> None:
     original = file_of(job.original, "original")
     before = score(job, original)
@@ -141,6 +157,7 @@ def reparameterize(job: multum.Task) -> None:
             a, b = wide(inputs), merged(inputs)
         print(f"{branches}: merged off by {float((a - b).abs().max() / a.abs().max()):.1e} relative", flush=True)
         times(job, file_of(merged, "merged"), file_of(wide, "wide"))
+        eager(wide, merged, inputs)
 
 
 if __name__ == "__main__":
