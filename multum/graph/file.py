@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import keyword
+import logging
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +64,24 @@ def from_data(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Graph:
             if quantizers is None:
                 raise FileError(f"The tensor {name!r} is said to hold integers but is not quantized.", "a graph written by multum")
             graph.set_tensor(name, from_integers(graph.tensor(name), graph, quantizers), parameter=True)
-        graph.refresh()
+        with _unlogged("torch._subclasses.fake_tensor"):  # which prints a trace for shapes that do not fit, before it raises
+            graph.refresh()
     except FileError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, GraphError, ArithmeticError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}"[:300]
         raise FileError(f"The description of the graph is damaged ({reason}).", "a graph written by multum") from error
     return graph
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def operators_to_json(graph: Graph) -> dict[str, Any]:

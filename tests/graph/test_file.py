@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
@@ -278,3 +279,18 @@ def test_a_damaged_kept_graph_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(FileError, match="cannot be read"):
         restore(path)
+
+
+def test_shapes_that_do_not_fit_are_refused_without_a_trace(described):
+    data, tensors = described
+    logger, records = logging.getLogger("torch._subclasses.fake_tensor"), []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(FileError, match="damaged"):
+            from_data(data, tensors | {"4.weight": torch.ones(2, 5)})
+    finally:
+        logger.removeHandler(handler)
+    assert not [record for record in records if record.levelno >= logging.ERROR]
+    assert not logger.disabled
