@@ -31,8 +31,8 @@ def coded(
 
 
 RECIPES = {
-    "lenet": {"parameters": 0.2, "recovery": 18.0, "far": 0.03, "bits": 1.0, "epochs": 14.0, "learning_rate": 3e-3},
-    "vgg": {"parameters": 0.2, "recovery": 5.0, "far": 0.05, "bits": 1.2, "epochs": 5.0, "learning_rate": 2e-3},
+    "lenet": {"parameters": 0.2, "recovery": 18.0, "far": 0.03, "bits": 1.02, "epochs": 14.0, "learning_rate": 1.3e-3},
+    "vgg": {"parameters": 0.2, "recovery": 5.0, "far": 0.05, "bits": 2.4, "epochs": 3.0, "learning_rate": 1e-3},
     "resnet20": {"parameters": 0.3, "recovery": 8.0, "far": 0.05, "bits": 1.8, "epochs": 6.0, "learning_rate": 2e-3},
     "reuters": {"parameters": 1 / 3, "bits": 2.0},
 }
