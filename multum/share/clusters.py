@@ -164,6 +164,8 @@ class Clusters(Step):
             penalty = price * bits_of(index, codebook.shape[1])
             lost = float(assign(vectors, counted, codebook, torch.zeros_like(penalty))[1].mean())
             trained.set_tensor(name, codebook.reshape(-1, self.size), parameter=True)
+            if zero:  # the entry that is zero stays so
+                trained.sparse |= {name}
             for layer in shelf.members[name]:
                 across = self.scope == "channel" and layer.kind == "embedding"
                 soft.read(trained, layer.weight, shelf.counts[layer.weight], name, penalty, lost, across, shelf.scales[layer.weight], zero)
