@@ -179,7 +179,7 @@ def _restate(graph: Graph, node: fx.Node, values: list[Tensor], wanted: list[Ten
     (mean, variance), (centre, spread) = _moments(values), _moments(wanted)
     old = [graph.tensor(name).double() for name in names]
     least = _LITTLE * (old[1] + float(read(node, "eps")))  # what varies less here than this says nothing
-    wider = (variance + least) / (spread + least)
+    wider = torch.where(variance > 0, (variance + least) / (spread + least), (spread < least).double())  # a constant: its bias
     now = (mean - (centre - old[0]) * wider.sqrt(), old[1] * wider)
     for name, value in zip(names, now, strict=True):
         graph.set_tensor(name, value.to(graph.tensor(name).dtype))

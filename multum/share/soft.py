@@ -46,7 +46,7 @@ class Soft(Companion):
         self.first[name] = max(lost, 1e-12)
         values = {"counts": counted, "penalty": penalty[:, None], "temperature": torch.tensor(lost, device=counted.device)}
         for part, value in values.items():
-            graph.set_tensor(f"{weight}_{part}", value)
+            graph.set_tensor(f"{weight}_{part}", value.clone())
         if scale is not None:
             graph.set_tensor(f"{weight}_scale", scale, parameter=True)
 

@@ -262,6 +262,13 @@ def test_weights_that_choose_while_they_train_end_nearer_to_the_original(task):
     assert (after != 0).any()
 
 
+def test_a_training_with_choices_is_kept_on_the_way(task, tmp_path, monkeypatch):
+    monkeypatch.setattr("multum.train.loop.CHECKPOINT_SECONDS", 0.0)
+    alike, step = replace(task, loss=None), Clusters(bits=2, scope="model", epochs=2.0, entropy=1.5)
+    kept = compress(alike, step, workdir=tmp_path).graph
+    assert compress(alike, step).graph.fingerprint() == kept.fingerprint()
+
+
 def test_choosing_while_training_needs_data_to_train():
     with pytest.raises(StepError, match="needs"):
         compress(Task(nn.Linear(8, 8), torch.randn(2, 8)), Clusters(epochs=1.0))
