@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
+from ..errors import StepError
 from .layers import KINDS, Layer
 from .model import read, shape
 
@@ -58,6 +59,25 @@ def pairs(layer: Layer, value: Tensor, result: Tensor | None, weight: torch.Size
         windows: Tensor = part if whole else layer.node.target(part, unit, None, *layer.node.args[3:])  # type: ignore[operator]
         found = windows.transpose(0, 1).reshape(groups, height, -1)
         yield found, found if result is None else own.transpose(0, 1).reshape(groups, -1, found.shape[2])
+
+
+def lower_factor(moments: Tensor) -> Tensor:
+    """The lower triangular L with L L^T the second moments [..., n, n], in double precision.
+
+    Those of inputs that are nearly the same can be indefinite by rounding, whatever their damping: they get more of it.
+    Raises StepError when they are not finite.
+    """
+    if not moments.isfinite().all():
+        do = "look at the calibration data, and lower the learning rate of what trained the network"
+        raise StepError("The second moments of a layer's inputs are not finite.", "finite numbers", do)
+    whole, eye = moments.double(), torch.eye(moments.shape[-1], dtype=torch.double, device=moments.device)
+    ridge = 1e-4 * whole.diagonal(dim1=-2, dim2=-1).abs().mean(-1).clamp_min(1e-30)[..., None, None]
+    lower, failed = torch.linalg.cholesky_ex(whole)
+    while failed.any():
+        whole, ridge = whole + ridge * eye, 10 * ridge
+        lower, failed = torch.linalg.cholesky_ex(whole)
+    result: Tensor = lower
+    return result
 
 
 def data(layer: Layer) -> fx.Node:

@@ -69,17 +69,17 @@ class Limits:
 def limits(path: str | Path, original: Graph | None = None) -> Limits:
     """Compares the coded size of every tensor in a file with what it needs at least. Raises FileError as `load` does."""
     meta, arrays = mip.read(path)
-    entropies = {name: _entropy(arrays[name]) if arrays[name].dtype.kind in "iub" and arrays[name].size else None for name in arrays}
-    sizes = mip.sizes(path, {name: float(arrays[name].nbytes) if found is None else found + 1 for name, found in entropies.items()})
+    rows, weights = list[Limit](), dict[str, float]()
+    for name, array in arrays.items():  # each is decoded once
+        entropy = _entropy(array) if array.dtype.kind in "iub" and array.size else None
+        weights[name] = float(array.nbytes) if entropy is None else entropy + 1
+        rows.append(Limit(name, list(array.shape), array.dtype.name, 0, entropy))
+    sizes = mip.sizes(path, weights)
     graph = model.load(path) if original is not None and meta.get("format") == model.FORMAT else None
     before = dict(original.named_tensors()) if original is not None else {}
     after = dict(graph.named_tensors()) if graph is not None else {}
     axes = {layer.weight: layer.scale_axis for layer in layers(graph)} if graph is not None else {}
-    rows = []
-    for name in arrays:
-        array = arrays[name]
-        row = Limit(name, list(array.shape), array.dtype.name, sizes[name], entropies[name])
-        rows.append(_bounded(row, before.get(name), after.get(name), axes.get(name)))
+    rows = [_bounded(replace(row, bytes=sizes[row.name]), before.get(row.name), after.get(row.name), axes.get(row.name)) for row in rows]
     total = Path(path).stat().st_size
     return Limits(total, total - sum(sizes.values()), rows)
 

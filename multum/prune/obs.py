@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import StepError
+from ..graph.matrix import lower_factor
 
 _DAMP = 0.01  # of the mean of the gram's diagonal, added to it
 _ITERATIONS, _TOLERANCE = 100, 1e-4  # of conjugate gradients; of the gradient, as a part of what it was
@@ -45,7 +45,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, pull: Tensor, choice: Choice, block:
     """Goes through the columns once; what goes in one is made good by those to its right (Frantar & Alistarh 2023, algorithm 1)."""
     whole, block = inverse(gram), choice.unit * max(1, block // choice.unit)
     work = weight.double() + pull.double() @ whole  # the best weights without zeros: what the algorithm then takes from
-    upper = torch.linalg.cholesky(whole, upper=True)
+    upper = lower_factor(whole).mT
     for begin in range(0, work.shape[2], block):
         end = min(begin + block, work.shape[2])
         here, corner = work[:, :, begin:end], upper[:, begin:end, begin:end]
@@ -104,19 +104,8 @@ def shrunk(gram: Tensor, pull: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def inverse(gram: Tensor) -> Tensor:
-    """The inverse of a damped gram; one that rounding left indefinite in spite of it is damped more.
-
-    Raises StepError when it is not finite.
-    """
-    if not gram.isfinite().all():
-        raise StepError("What a layer reads is not finite.", "finite numbers", "look at the calibration data, and at what trained it")
-    whole = _damped(gram)
-    ridge = torch.diag_embed(_DAMP * whole.diagonal(dim1=1, dim2=2).abs().mean(1, keepdim=True).expand(whole.shape[:2]))
-    lower, failed = torch.linalg.cholesky_ex(whole)
-    while failed.any():
-        whole, ridge = whole + ridge, 10 * ridge
-        lower, failed = torch.linalg.cholesky_ex(whole)
-    return torch.cholesky_inverse(lower)
+    """The inverse of a damped gram. Raises StepError when it is not finite."""
+    return torch.cholesky_inverse(lower_factor(_damped(gram)))
 
 
 def _damped(gram: Tensor) -> Tensor:

@@ -162,10 +162,9 @@ def _sums(of: tuple[Layer, torch.Size], values: list[Tensor], missing: list[Tens
             inputs, outputs = inputs + x.sum(2).double(), outputs + e.sum(2).double()
             count += x.shape[2]
     inputs, outputs = inputs / count, outputs / count
-    if shifts:
+    if about is not None:
         gram = gram - count * inputs[:, :, None] * inputs[:, None]
         pull = pull - count * outputs[:, :, None] * inputs[:, None]
-    if about is not None:
         inputs = inputs + about[:, :, 0].double()
         gram = gram + torch.diag_embed(_STEADY * count * inputs.square())
     return Errors(*shrunk(gram, pull, count), inputs, outputs)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import StepError
+from ..graph.matrix import lower_factor
 
 _BLOCK = 64  # columns whose changes are gathered before the rest of the row hears of them
 _WIDTH = 64  # partial rows that are kept
@@ -72,25 +72,8 @@ def gptq(problem: Problem, width: int = 1) -> Tensor:
 
 
 def inverse_factor(H: Tensor) -> Tensor:
-    """The upper triangular U with U^T U the inverse of a damped H [groups, n, n], of the same shape.
-
-    Second moments in single precision of inputs that are nearly the same can be indefinite in spite of their damping: they get more.
-    Raises StepError when they are not finite.
-    """
-    if not H.isfinite().all():
-        raise StepError(
-            "The second moments of a layer's inputs are not finite.", "finite numbers", "lower the learning rate of what trained it"
-        )
-    whole, eye = H.double(), torch.eye(H.shape[-1], dtype=torch.double, device=H.device)
-    ridge = 1e-4 * whole.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)[:, None, None]
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(whole)
-        if not failed.any():
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed.any():
-                result: Tensor = upper.to(H.dtype)
-                return result
-        whole, ridge = whole + ridge * eye, 10 * ridge
+    """The upper triangular U with U^T U the inverse of a damped H [groups, n, n], of the same shape. Raises StepError as `lower_factor`."""
+    return lower_factor(torch.cholesky_inverse(lower_factor(H))).mT.to(H.dtype)
 
 
 def _narrow(w: Tensor, s: Tensor, low: Tensor, high: Tensor, upper: Tensor, width: int) -> Tensor:

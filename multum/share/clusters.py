@@ -163,7 +163,9 @@ class Clusters(Step):
             vectors, counted, zero = books[name]
             penalty = price * bits_of(index, codebook.shape[1])
             lost = float(assign(vectors, counted, codebook, torch.zeros_like(penalty))[1].mean())
-            trained.set_tensor(name, codebook.reshape(-1, self.size), parameter=True)
+            trained.set_tensor(
+                name, codebook.reshape(-1, self.size).to(trained.tensor(shelf.members[name][0].weight).dtype), parameter=True
+            )
             if zero:  # the entry that is zero stays so
                 trained.sparse |= {name}
             for layer in shelf.members[name]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, fx
 
 from ..graph import Graph
@@ -44,9 +43,9 @@ class Soft(Companion):
         rows = graph.tensor(weight).shape[0]
         name = f"{weight}_temperature"
         self.first[name] = max(lost, 1e-12)
-        values = {"counts": counted, "penalty": penalty[:, None], "temperature": torch.tensor(lost, device=counted.device)}
-        for part, value in values.items():
-            graph.set_tensor(f"{weight}_{part}", value.clone())
+        values = {"counts": counted, "penalty": penalty[:, None], "temperature": counted.new_tensor(self.first[name])}
+        for part, value in values.items():  # in the type of the weight, and copies, which a checkpoint wants
+            graph.set_tensor(f"{weight}_{part}", value.to(graph.tensor(weight).dtype, copy=True))
         if scale is not None:
             graph.set_tensor(f"{weight}_scale", scale, parameter=True)
 

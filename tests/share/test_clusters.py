@@ -269,6 +269,17 @@ def test_a_training_with_choices_is_kept_on_the_way(task, tmp_path, monkeypatch)
     assert compress(alike, step).graph.fingerprint() == kept.fingerprint()
 
 
+def test_choosing_begins_where_nothing_is_lost():
+    """Weights of four values under codebooks of four: the cost, and so the temperature, is nothing but rounding."""
+    torch.manual_seed(0)
+    model = nn.Linear(32, 32).eval()
+    with torch.no_grad():
+        model.weight.copy_(model.weight.sign() * (1 + (model.weight.abs() > 0.09)))
+    x = torch.randn(8, 32)
+    graph = compress(Task(model, x, train=[(x, torch.zeros(8))]), Clusters(bits=2, weighting="none", epochs=2.0)).graph
+    torch.testing.assert_close(graph(x), model(x), rtol=0.1, atol=0.1)
+
+
 def test_choosing_while_training_needs_data_to_train():
     with pytest.raises(StepError, match="needs"):
         compress(Task(nn.Linear(8, 8), torch.randn(2, 8)), Clusters(epochs=1.0))
