@@ -35,6 +35,7 @@ ROWS = {
     "table, pairs": ("reuters", [Clusters(size=2, bits=8, scope="channel", include=TABLE)]),
     "table, fours": ("reuters", [Clusters(size=4, bits=8, scope="channel", include=TABLE)]),
     "ties": ("reuters", [Ties(own=False), Logits(epochs=1.0)]),
+    "ties, 3 passes": ("reuters", [Ties(own=False), Logits(epochs=3.0, learning_rate=3e-4)]),
 }
 
 

@@ -53,10 +53,12 @@ def test_a_student_is_trained_like_this():
     assert names["result"].graph.tensor("3.weight").shape == (16, 8, 3, 3)
 
 
-def test_early_exits_run_like_this():
+def test_early_exits_run_like_this(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {"multum": multum, "task": small_task()}
     exec(compile(block("python", "distill.exits("), "README.md", "exec"), names)
     assert names["outputs"].shape == (32, 10)
+    assert multum.Session("early.onnx")(names["task"].example).shape == (32, 10)
 
 
 def test_a_task_file_is_written_like_this(monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from ..graph import Graph
 from ..graph.model import aten, read
 from ..step import Plan, option
 from ..task import Task, logits
+from ..train.augment import cutmix
 from .logits import Logits
 
 _SHIFT = 2  # pixels by which images move between steps, so that no place in them is special
@@ -27,8 +28,9 @@ class DataFree(Logits):
     """Trains toward the original on inputs that are made from it, no datum used (Yin et al. 2020, DeepInversion, section 3.2).
 
     Noise is moved by gradient descent until the original sees the class that was drawn, and until means and variances before each batch
-    normalization are those that it keeps. Networks without batch normalization have only the first, and teach less. Validation data are
-    not looked at.
+    normalization are those that it keeps. Networks without batch normalization have only the first, and teach less. In each pass boxes
+    of the inputs are filled from others, and the original is asked what it sees then: no input is seen twice. Validation data are not
+    looked at.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -37,8 +39,8 @@ class DataFree(Logits):
     samples: int = option(1024, "inputs that are made")
     batch: int = option(128, "inputs that are made together; their statistics are compared")
     descent: int = option(200, "steps of gradient descent for each batch")
-    rate: float = option(0.1, "learning rate of the inputs, which begin as noise of deviation 1")
-    statistics: float = option(3.0, "weight of the statistics, beside the classes'")
+    rate: float = option(0.05, "learning rate of the inputs, which begin as noise of deviation 1")
+    statistics: float = option(30.0, "weight of the statistics, beside the classes'")
     smooth: float = option(0.01, "weight of the differences between neighbours in images and signals")
 
     def plan(self, graph: Graph, task: Task) -> Plan:
@@ -53,7 +55,7 @@ class DataFree(Logits):
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         device = next(graph.parameters()).device
         batches, told = self.inverted(task.original, task.seed, device)
-        made = task.but(train=batches, validation=None, loss=None, fit=None)
+        made = task.but(train=_Mixed(batches), validation=None, loss=None, fit=None)
         return self._learn(graph, plan, made, workdir) | told
 
     def inverted(self, original: Graph, seed: int, device: torch.device) -> tuple[list[tuple[Tensor, Tensor | None]], dict[str, Any]]:
@@ -95,6 +97,21 @@ class DataFree(Logits):
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return x.detach(), float(apart.detach())
+
+
+class _Mixed:
+    """Batches in another order each time, with boxes of their inputs [n, c, h, w] filled from each other; others are as they were made."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor | None]]):
+        self.inputs, self.size = torch.cat([x for x, _ in batches]), len(batches[0][0])
+
+    def __len__(self) -> int:
+        return -(-len(self.inputs) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, None]]:
+        for rows in torch.randperm(len(self.inputs)).split(self.size):
+            x = self.inputs[rows]
+            yield (cutmix(x)[0] if x.ndim == 4 else x), None
 
 
 def _input(graph: Graph) -> Tensor:

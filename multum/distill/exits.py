@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 
 from ..analyze import analyze
 from ..errors import StepError
+from ..export.formats import written
+from ..export.nested import nested
 from ..graph import Graph, capture, layers, spec
 from ..graph.split import graft, split
 from ..step import Plan, option
@@ -157,6 +159,17 @@ class Cascade:
                 break
             inputs, rows = (tuple(carried), rows) if not bool(sure.any()) else (tuple(picked(carried, ~sure)), rows[~sure])
         return spec.unflatten([result], spec.spec_of(answer))
+
+    def export(self, path: str | Path) -> Path:
+        """Writes the parts, which must be graphs, as one ONNX file that stops where it is sure, at this threshold (see `export.nested`).
+
+        A session on it needs no call for each part: most for samples one by one, since a batch goes on together until all of it are sure.
+        Raises ExportError, FileError.
+        """
+        graphs = [part for part in self.parts if isinstance(part, Graph)]
+        if len(graphs) < len(self.parts):
+            raise StepError("The parts are not graphs.", "the parts of distill.exits(graph)")
+        return written(nested(graphs, self.threshold), path)
 
     def settle(self, task: Task, drop: float = 0.3) -> dict[float, tuple[float, float]]:
         """Takes the lowest threshold at which no more than `drop` of the validation score is lost beside no exit at all.

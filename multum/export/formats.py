@@ -26,6 +26,11 @@ def export(graph: Graph, path: str | Path, to: str = "onnx", inputs: Iterable[An
         raise ExportError(f"There is no export to {to!r}.", f"one of {', '.join(FORMATS)}")
     content = FORMATS[to](graph)
     verify(graph, content, inputs)
+    return written(content, path)
+
+
+def written(content: bytes, path: str | Path) -> Path:
+    """The content in a file, which appears under its name only when it is whole. Raises FileError."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.part")
     try:

@@ -106,6 +106,18 @@ def test_each_part_can_be_exported_and_run_by_an_engine(trained: Result, tmp_pat
     torch.testing.assert_close(distill.Cascade(sessions, 0.9)(x), distill.Cascade(parts, 0.9)(x), rtol=1e-3, atol=1e-4)
 
 
+def test_one_file_stops_where_it_is_sure(trained: Result, tmp_path: Path) -> None:
+    cascade = distill.Cascade(distill.exits(trained.graph), 0.9)
+    session = Session(cascade.export(tmp_path / "early.onnx"), engine="onnxruntime", threads=1)
+    x = stripes(40, 4)[0]
+    expected = cascade(x)
+    assert len(set(cascade.left.tolist())) > 1
+    torch.testing.assert_close(session(x), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.cat([session(one) for one in x.split(1)]), expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(StepError, match="parts are not graphs"):
+        distill.Cascade([session, session]).export(tmp_path / "again.onnx")
+
+
 @pytest.mark.parametrize("name", ["convnext", "swin", "bert", "lstm", "densenet", "t5", "wavenet"])
 def test_parts_in_a_row_are_the_whole(name: str) -> None:
     model, example = ZOO[name]()
