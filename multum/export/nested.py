@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def nested(parts: Sequence[Graph], threshold: float) -> bytes:
         model = load_model_from_string(content)
         name = model.graph.output[0].name
         models.append(compose.add_prefix(model, f"part{place}_", rename_inputs=place > 0))
-    for before, model in reversed(list(zip(models, models[1:], strict=False))):
+    for before, model in reversed(list(pairwise(models))):
         _join(before.graph, model.graph, threshold)
     whole = models[0]
     whole.graph.node[-1].output[0] = whole.graph.output[0].name = name
