@@ -146,6 +146,7 @@ PAIRS = {
     "minilm-3": (reuters, partial(shallow, 1 / 2), 1.0, None, {"standardized": STANDARDIZED, "attention": Attention}),
     "minilm-2": (reuters, partial(shallow, 1 / 3), 1.0, None, {"standardized": STANDARDIZED, "attention": Attention}),
     "vowels": (vowels, partial(fresh, partial(Vowels, 6, 2)), 60.0, 3e-3, OTHER),
+    "vowels-12": (vowels, partial(fresh, partial(Vowels, 12, 2)), 60.0, 3e-3, OTHER),
 }
 
 
@@ -180,14 +181,17 @@ def digits() -> multum.Task:
     return multum.Task(teacher, x[:2], test=test, metric=accuracy)
 
 
+LONGER, SHORTER = {"epochs": 200.0}, {"epochs": 60.0, "samples": 512, "descent": 300}
+
+
 def datafree() -> None:
     """Half the channels of the teacher, trained on inputs that are made from the teacher; and a student that begins with nothing."""
-    for name, make, small in (("digits", digits, partial(Digits, 32)), ("fashion", partial(fashion, 0), None)):
+    for name, make, small, made in (("digits", digits, partial(Digits, 32), LONGER), ("fashion", partial(fashion, 0), None, SHORTER)):
         task = make()
         bare = multum.Task(task.original, task.example)
         for kind, begin in (("cut", narrow(bare)), *([("fresh", fresh(small, bare))] if small else [])):
             clock = time.process_time()
-            result = multum.compress(bare, DataFree(epochs=60, learning_rate=0.01), student=begin)
+            result = multum.compress(bare, DataFree(learning_rate=0.01, **made), student=begin)
             told = {key: round(result.records[0].measured[key], 3) for key in ("seen_as_drawn", "statistics_off")}
             before, after, teacher = (score(task, one.eval()) for one in (begin, result.graph, task.original))
             print(f"{name}, {kind}: {before:.2f} before, {after:.2f} after, teacher {teacher:.2f}: {after / teacher:.1%}; {told}")

@@ -38,9 +38,9 @@ class DataFree(Logits):
     alpha: float = option(1.0, "1: there are no labels")
     samples: int = option(1024, "inputs that are made")
     batch: int = option(128, "inputs that are made together; their statistics are compared")
-    descent: int = option(200, "steps of gradient descent for each batch")
+    descent: int = option(400, "steps of gradient descent for each batch")
     rate: float = option(0.05, "learning rate of the inputs, which begin as noise of deviation 1")
-    statistics: float = option(30.0, "weight of the statistics, beside the classes'")
+    statistics: float = option(100.0, "weight of the statistics, beside the classes'")
     smooth: float = option(0.01, "weight of the differences between neighbours in images and signals")
 
     def plan(self, graph: Graph, task: Task) -> Plan:
