@@ -30,6 +30,7 @@ PASSES, RATE = 4, 0.1
 REPLACE = {
     "2 passes": [Replace(by="separable", epochs=1.0), Logits(epochs=1.0, learning_rate=2e-3)],
     "6 passes": [Replace(by="separable", epochs=1.0), Logits(epochs=5.0, learning_rate=3e-3)],
+    "10 passes of SGD": [Replace(by="separable", epochs=1.0), Logits(epochs=9.0, optimizer="sgd", learning_rate=0.1)],
 }
 
 

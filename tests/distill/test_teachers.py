@@ -126,7 +126,7 @@ def test_no_labels_are_needed(task: Task) -> None:
 
 def test_no_data_are_needed(task: Task) -> None:
     bare = Task(task.model, task.example)
-    step = DataFree(samples=128, batch=64, descent=60, epochs=40, learning_rate=0.02)
+    step = DataFree(samples=128, batch=64, descent=240, epochs=40, learning_rate=0.02)
     result = compress(bare, step, student=Net(12, seed=5))
     measured = result.records[0].measured
     assert measured["seen_as_drawn"] > 0.9
