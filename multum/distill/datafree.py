@@ -109,7 +109,7 @@ class _Mixed:
         return -(-len(self.inputs) // self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, None]]:
-        for rows in torch.randperm(len(self.inputs)).split(self.size):
+        for rows in torch.split(torch.randperm(len(self.inputs)), self.size):
             x = self.inputs[rows]
             yield (cutmix(x)[0] if x.ndim == 4 else x), None
 

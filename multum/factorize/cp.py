@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..errors import StepError
 from ..graph import Graph, Layer
-from ..graph.matrix import data
+from ..graph.matrix import data, positions, refitted
 from ..graph.model import aten, shape
 from ..step import option
 from .chain import Link, composed
-from .method import Factorization, missed, per_dimension, positions, refitted, several
+from .method import Factorization, missed, per_dimension, several
 from .ranks import Curve
 from .spatial import along
 from .tucker import rooted

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..analyze.evidence import Evidence
 from ..graph import Graph, Layer
-from ..graph.matrix import multiplies
+from ..graph.matrix import lower_factor, multiplies
 from ..task import Task
 from .chain import Link
 
@@ -63,5 +63,4 @@ class Given:
 def _root(pull: Tensor) -> Tensor:
     """The upper triangular root R, R' R the second moments relative to their mean, a little of which is added to all."""
     scaled = pull / pull.diagonal().mean().clamp_min(1e-30)
-    found: Tensor = torch.linalg.cholesky(scaled + _DAMP * torch.eye(len(pull)).to(pull)).T.contiguous()
-    return found
+    return lower_factor(scaled + _DAMP * torch.eye(len(pull)).to(pull)).T.contiguous()

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from torch import Tensor, fx
 
 from ..errors import StepError
 from ..graph import Graph, Layer, layers, select
-from ..graph.matrix import data, multiplies
+from ..graph.matrix import data, irreplaceable
 from ..graph.model import read, shape
 from ..step import Plan, Stage, Step, option
 from ..task import Task
@@ -26,7 +25,6 @@ from .ranks import Curve, by_budget, by_energy
 from .sensitivity import by_outputs
 from .timing import Clock, settled
 
-_DAMP = 1e-7  # of the mean of a gram's diagonal, added to it
 Back = Callable[[list[Link]], list[Link]]
 _BUDGETS = ("macs", "parameters", "latency")
 
@@ -228,23 +226,11 @@ class Factorization(Step):
 def unfit(graph: Graph, layer: Layer) -> str | None:
     """Why a layer has no chain that could take its place; None when it may have."""
     weight = graph.tensor(layer.weight)
-    if layer.quantizer() is not None or not weight.is_floating_point():
-        return "its weight is quantized"
-    if layer.weight in graph.sparse:
-        return "its zeros would be filled"
-    if layer.kind != "embedding" and not multiplies(layer):
-        return "it is a transposed convolution"
-    if read(layer.node, "groups", 1) != 1:
-        return "it has groups"
-    if weight.ndim < 2 or (layer.kind != "conv" and weight.ndim > 2) or layer.node.kwargs:
+    if (reason := irreplaceable(graph, layer)) is None and (
+        weight.ndim < 2 or (layer.kind != "conv" and weight.ndim > 2) or layer.node.kwargs
+    ):
         return "it is not a product of two matrices"
-    return None
-
-
-def positions(layer: Layer) -> int:
-    """How often the layer multiplies its matrix, in one sample."""
-    sizes = shape(layer.node)
-    return prod(sizes[2:] if layer.kind == "conv" else sizes[1:-1])
+    return reason
 
 
 def per_dimension(layer: Layer, name: str) -> Any:
@@ -271,13 +257,3 @@ def missed(weight: Tensor, found: Tensor, second: Tensor | None) -> float:
         )
 
     return max(0.0, energy(weight - found)) / max(energy(weight), 1e-300)
-
-
-def refitted(matrix: Tensor, second: Tensor | None, features: Tensor) -> Tensor:
-    """The best last factor [outputs, features] when features @ columns is what it reads: least squares on the layer's outputs."""
-    second = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device) if second is None else second.double()
-    seen = second @ features.T
-    gram = features @ seen
-    damp = _DAMP * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    found: Tensor = torch.linalg.solve(gram + damp, (matrix @ seen).T).T
-    return found

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph, Layer
-from ..graph.matrix import data
+from ..graph.matrix import data, refitted
 from ..graph.model import shape
 from .chain import Link
-from .method import Factorization, per_dimension, refitted
+from .method import Factorization, per_dimension
 from .ranks import Curve, one
 from .svd import spectrum
 

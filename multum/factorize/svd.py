@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..graph import Layer
+from ..graph.matrix import positions
 from ..graph.model import aten
 from .chain import Link
-from .method import Factorization, positions
+from .method import Factorization
 from .ranks import Curve, one
 
 

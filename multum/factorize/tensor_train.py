@@ -13,10 +13,11 @@ from torch import Tensor, fx
 
 from ..errors import StepError
 from ..graph import Graph, Layer
+from ..graph.matrix import positions
 from ..graph.model import aten
 from ..step import option
 from .chain import Link, Writer
-from .method import Back, Factorization, missed, positions, several
+from .method import Back, Factorization, missed, several
 from .ranks import Curve
 
 _RANKS = 12  # that are tried of each layer, evenly by the logarithm

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph, Layer
-from ..graph.matrix import data
+from ..graph.matrix import data, lower_factor, positions, refitted
 from ..graph.model import aten, shape
 from .chain import Link
-from .method import Factorization, positions, refitted
+from .method import Factorization
 from .ranks import Curve, two
 from .svd import spectrum
 
@@ -75,5 +75,4 @@ def rooted(weight: Tensor, second: Tensor | None) -> Tensor:
     inputs, window = weight.shape[1], weight[0, 0].numel()
     eye = torch.eye(inputs, dtype=weight.dtype, device=weight.device)
     power = eye if second is None else second.double().reshape(inputs, window, inputs, window).diagonal(dim1=1, dim2=3).mean(2)
-    found: Tensor = torch.linalg.cholesky(power + _DAMP * power.diagonal().mean().clamp_min(1e-30) * eye)
-    return found
+    return lower_factor(power + _DAMP * power.diagonal().mean().clamp_min(1e-30) * eye)

@@ -10,10 +10,11 @@ from torch import Tensor, fx
 
 from ..errors import StepError
 from .layers import KINDS, Layer
-from .model import read, shape
+from .model import Graph, read, shape
 
 _CONVOLUTIONS = tuple(target for target, (_, _, axis) in KINDS["conv"].items() if axis == 0)
 _CHUNK = 1 << 26  # bytes of columns that are laid out at once
+_DAMP = 1e-6  # of the mean of a gram's diagonal, added to it
 
 
 def multiplies(layer: Layer) -> bool:
@@ -80,11 +81,58 @@ def lower_factor(moments: Tensor) -> Tensor:
     return result
 
 
+def solved(gram: Tensor, pull: Tensor) -> Tensor:
+    """The X of gram @ X = pull, of least squares, a little damped: features may depend on each other."""
+    damp = _DAMP * gram.diagonal().mean().clamp_min(1e-30)
+    found: Tensor = torch.linalg.solve(gram + damp * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), pull)
+    return found
+
+
+def refitted(matrix: Tensor, second: Tensor | None, features: Tensor) -> Tensor:
+    """The best matrix [outputs, features] when features @ columns is what it reads, for a matrix @ columns with these second moments."""
+    seen = features.T if second is None else second.double() @ features.T
+    return solved(features @ seen, (matrix @ seen).T).T
+
+
 def data(layer: Layer) -> fx.Node:
     """The operator that makes what the layer reads."""
     node = layer.node.args[1 if layer.position == 2 else 0]
     assert isinstance(node, fx.Node)
     return node
+
+
+def positions(layer: Layer, results: bool = True) -> int:
+    """How often the layer multiplies its matrix, in one sample; or how many positions it reads."""
+    sizes = shape(layer.node if results else data(layer))
+    return math.prod(sizes[2:] if layer.kind == "conv" else sizes[1:-1])
+
+
+def geometry(layer: Layer) -> tuple[list[int], list[tuple[int, int]], list[int], list[int]]:
+    """The window of a convolution, zeros before and after, stride and dilation, in each dimension."""
+    weight = layer.node.args[layer.position]
+    assert isinstance(weight, fx.Node)
+    kernel = list(shape(weight)[2:])
+    found = {name: read(layer.node, name) for name in ("stride", "dilation", "padding")}
+    stride, dilation = (list(found[name]) * (len(kernel) // len(found[name])) for name in ("stride", "dilation"))
+    spans = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+    if found["padding"] == "same":
+        return kernel, [(span // 2, span - span // 2) for span in spans], stride, dilation
+    amounts = [0] if found["padding"] == "valid" else list(found["padding"])
+    return kernel, [(amount, amount) for amount in amounts * (len(kernel) // len(amounts))], stride, dilation
+
+
+def irreplaceable(graph: Graph, layer: Layer) -> str | None:
+    """Why other layers cannot take the layer's place, where that does not depend on what they are."""
+    weight = graph.tensor(layer.weight)
+    if layer.quantizer() is not None or not weight.is_floating_point():
+        return "its weight is quantized"
+    if layer.weight in graph.sparse:
+        return "its zeros would be filled"
+    if layer.kind != "embedding" and not multiplies(layer):
+        return "it is a transposed convolution"
+    if read(layer.node, "groups", 1) != 1:
+        return "it has groups"
+    return None
 
 
 def channel_dim(layer: Layer) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,27 +9,18 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import Graph, Layer
-from ..graph.matrix import data
-from ..graph.model import aten, read, shape
+from ..graph.matrix import data, geometry, positions
+from ..graph.model import aten, shape
 from .fits import Part
 
 
 def form(layer: Layer) -> dict[str, list[int]] | None:
     """Stride, padding and dilation of a convolution for each dimension of its window; None where zeros are not even on both sides."""
-    window = shape_of(layer)
     if layer.kind == "linear":
         return {"stride": [1], "padding": [0], "dilation": [1]}
-    found = dict[str, list[int]]()
-    for name in ("stride", "dilation", "padding"):
-        value: Any = read(layer.node, name)
-        if value == "same":
-            spans = [step * (size - 1) for size, step in zip(window, found["dilation"], strict=True)]
-            if any(span % 2 for span in spans):
-                return None
-            value = [span // 2 for span in spans]
-        value = [0] if value == "valid" else list(value)
-        found[name] = value * (len(window) // len(value))
-    return found
+    _, padding, stride, dilation = geometry(layer)
+    even = all(before == after for before, after in padding)
+    return {"stride": stride, "padding": [before for before, _ in padding], "dilation": dilation} if even else None
 
 
 def shape_of(layer: Layer) -> tuple[int, ...]:
@@ -42,7 +32,7 @@ def shape_of(layer: Layer) -> tuple[int, ...]:
 
 def dense_macs(layer: Layer, weight: Tensor) -> int:
     """Multiply-accumulates of the layer in one sample."""
-    return weight.numel() * _positions(layer, True)
+    return weight.numel() * positions(layer)
 
 
 def block_macs(layer: Layer, parts: Sequence[Part]) -> int:
@@ -50,13 +40,8 @@ def block_macs(layer: Layer, parts: Sequence[Part]) -> int:
     total, strided = 0, not any(part.window for part in parts)
     for part in parts:
         strided = strided or part.window
-        total += part.weight.numel() * _positions(layer, strided)
+        total += part.weight.numel() * positions(layer, strided)
     return total
-
-
-def _positions(layer: Layer, after: bool) -> int:
-    sizes = shape(layer.node if after else data(layer))
-    return math.prod(sizes[2:] if layer.kind == "conv" else sizes[1:-1])
 
 
 def put(graph: Graph, layer: Layer, parts: Sequence[Part], bias: Tensor) -> tuple[fx.Node, list[str]]:

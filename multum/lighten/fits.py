@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..graph.matrix import refitted, solved
+
 _DAMP = 1e-6  # of the mean of a diagonal, added to it
 _ROUNDS = 3  # of alternating least squares
 _MOST = 4096  # unknowns that are solved for at once
@@ -70,12 +72,6 @@ def lost(dense: Dense, matrix: Tensor) -> float:
     return max(0.0, float(((off @ dense.second) * off).sum())) / max(total, 1e-30)
 
 
-def refitted(matrix: Tensor, second: Tensor, features: Tensor) -> Tensor:
-    """The best matrix [outputs, features] behind these features [features, height]."""
-    seen = second @ features.T
-    return _solved(features @ seen, (matrix @ seen).T).T
-
-
 def separable(dense: Dense) -> tuple[list[Part], Tensor]:
     """`expansion` filters for each input channel, then a 1x1 convolution (Howard et al. 2017, section 3.1): a low rank per channel.
 
@@ -103,7 +99,7 @@ def grouped(dense: Dense) -> tuple[list[Part], Tensor]:
     made = torch.zeros_like(dense.matrix)
     rows, blocks = _grouping(dense)
     for own, block in zip(rows, blocks, strict=True):
-        made[own[:, None], block] = _solved(dense.second[block][:, block], (dense.matrix[own] @ dense.second[:, block]).T).T
+        made[own[:, None], block] = solved(dense.second[block][:, block], (dense.matrix[own] @ dense.second[:, block]).T).T
     weight = torch.cat([made[own][:, block] for own, block in zip(rows, blocks, strict=True)])
     return [Part(dense.windowed(weight), groups=dense.groups, window=True)], made
 
@@ -218,7 +214,7 @@ def _subset(dense: Dense, step: int) -> tuple[list[Part], Tensor]:
     axes = [torch.arange(size // 2 - half, size // 2 + half + 1, step) if size > 1 else torch.zeros(1).long() for size in dense.window]
     places = torch.arange(dense.taps).reshape(dense.window)[torch.meshgrid(*axes, indexing="ij")].flatten()
     columns = (torch.arange(dense.inputs)[:, None] * dense.taps + places).flatten().to(dense.matrix.device)
-    weight = _solved(dense.second[columns][:, columns], (dense.matrix @ dense.second[:, columns]).T).T
+    weight = solved(dense.second[columns][:, columns], (dense.matrix @ dense.second[:, columns]).T).T
     made = torch.zeros_like(dense.matrix)
     made[:, columns] = weight
     form = [len(axis) for axis in axes]
@@ -241,7 +237,7 @@ def _depthwise(dense: Dense) -> tuple[Tensor, Tensor]:
         rows = rows.flatten()  # where in the height each tap of each filter reads
         gram = (last.T @ last).repeat_interleave(taps, 0).repeat_interleave(taps, 1) * dense.second[rows][:, rows]
         pull = (last.T @ dense.matrix @ dense.second).repeat_interleave(taps, 0)[torch.arange(len(rows), device=rows.device), rows]
-        found = _solved(gram, pull[:, None]).reshape(found.shape)
+        found = solved(gram, pull[:, None]).reshape(found.shape)
         last = refitted(dense.matrix, dense.second, _spread(dense, found))
     return found, last
 
@@ -277,12 +273,6 @@ def _root(gram: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)
     root: Tensor = vectors * values.clamp_min(_DAMP * values.mean().clamp_min(1e-30)).sqrt()
     return root
-
-
-def _solved(gram: Tensor, pull: Tensor) -> Tensor:
-    damp = _DAMP * gram.diagonal().mean().clamp_min(1e-30)
-    found: Tensor = torch.linalg.solve(gram + damp * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), pull)
-    return found
 
 
 def _paired(worth: Tensor) -> list[int]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..analyze.evidence import Evidence
 from ..errors import StepError, near
 from ..graph import Graph, Layer, layers, select
-from ..graph.matrix import channel_dim, data, multiplies
-from ..graph.model import read, shape
+from ..graph.matrix import channel_dim, data, irreplaceable
+from ..graph.model import shape
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .blocks import block_macs, dense_macs, form, put, shape_of
@@ -183,16 +183,9 @@ def within(found: Mapping[str, list[dict[str, Any]]], whole: Mapping[str, int], 
 
 def _reason(graph: Graph, layer: Layer) -> str | None:
     """Why a layer has no block that could take its place; None when it may have."""
-    weight = graph.tensor(layer.weight)
-    if layer.quantizer() is not None or not weight.is_floating_point():
-        return "its weight is quantized"
-    if layer.weight in graph.sparse:
-        return "its zeros would be filled"
-    if not multiplies(layer):
-        return "it is a transposed convolution"
-    if layer.kind == "conv" and read(layer.node, "groups", 1) != 1:
-        return "it has groups already"
-    if layer.node.kwargs or weight.ndim < 2 or form(layer) is None:
+    if (reason := irreplaceable(graph, layer)) is not None:
+        return reason
+    if layer.node.kwargs or graph.tensor(layer.weight).ndim < 2 or form(layer) is None:
         return "its arguments are not those of a plain layer"
     if layer.kind == "linear" and len(shape(data(layer))) not in (2, 3):
         return "what it reads is neither [n, channels] nor [n, positions, channels]"

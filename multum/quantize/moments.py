@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..graph import Graph, Layer
-from ..graph.matrix import data, from_matrix, to_matrix
-from ..graph.model import aten, read
+from ..graph.matrix import data, from_matrix, geometry, to_matrix
+from ..graph.model import aten, read, shape
 from ..graph.watch import Watch
 from ..task import Task, calibration
 
@@ -107,7 +107,7 @@ def vectors(x: Tensor, layer: Layer, samples: int, turn: int) -> Tensor:
         x = x.reshape(len(x), -1, x.shape[-1]).mT if x.ndim > 1 else x[None, :, None]
         groups, kernel, padding, stride, dilation = 1, [1], [(0, 0)], [1], [1]
     else:
-        groups, (kernel, padding, stride, dilation) = int(read(layer.node, "groups", 1)), _geometry(layer.node, x.ndim - 2)
+        groups, (kernel, padding, stride, dilation) = int(read(layer.node, "groups", 1)), _geometry(layer)
     size = len(kernel)
     if any(map(any, padding)):
         x = F.pad(x, [amount for pair in reversed(padding) for amount in pair])
@@ -122,18 +122,7 @@ def vectors(x: Tensor, layer: Layer, samples: int, turn: int) -> Tensor:
     return x.reshape(groups, math.prod(x.shape[1 : 2 + size]), -1)
 
 
-def _geometry(node: fx.Node, size: int) -> tuple[list[int], list[tuple[int, int]], list[int], list[int]]:
-    """Size of the kernel, padding before and after, stride and dilation of a convolution in each dimension.
-
-    Each entry of a transposed kernel is a row of its own: where they overlap in the outputs is left out of account.
-    """
-    if node.target in TRANSPOSED:
-        return [1] * size, [(0, 0)] * size, [1] * size, [1] * size
-    kernel = list(node.args[1].meta["val"].shape[2:])  # type: ignore[union-attr]
-    stride, dilation = (list(read(node, name)) * (size if len(read(node, name)) == 1 else 1) for name in ("stride", "dilation"))
-    padding = read(node, "padding")
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return kernel, [(t // 2, t - t // 2) for t in total], stride, dilation
-    amounts = [0] * size if padding == "valid" else list(padding) * (size if len(padding) == 1 else 1)
-    return kernel, [(amount, amount) for amount in amounts], stride, dilation
+def _geometry(layer: Layer) -> tuple[list[int], list[tuple[int, int]], list[int], list[int]]:
+    """As `graph.matrix.geometry`. Each entry of a transposed kernel is a row of its own: where they overlap in the outputs is left out."""
+    size = len(shape(data(layer))) - 2
+    return ([1] * size, [(0, 0)] * size, [1] * size, [1] * size) if layer.node.target in TRANSPOSED else geometry(layer)

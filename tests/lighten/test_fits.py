@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multum.lighten.fits import FITS, Dense, lost, refitted
+from multum.graph.matrix import refitted
+from multum.lighten.fits import FITS, Dense, lost
 
 INPUTS, OUTPUTS, TAPS = 8, 12, 9
 

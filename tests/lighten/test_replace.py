@@ -168,7 +168,7 @@ def test_every_layer_that_stays_has_its_reason():
     assert "1" in Replace(by="separable", expansion=2).plan(first.original, first).changes
     job = task(model, [images(0)])
     assert Replace(by="separable").plan(job.original, job).skipped == {
-        "0": "it has groups already",
+        "0": "it has groups",
         "1": "separable: its window is a point",
         "2": "it is a transposed convolution",
         "4": "its arguments are not those of a plain layer",

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from ..graph import Graph, spec
-from ..graph.axes import Groups, Keep, axes
-from ..graph.capture import arguments
+from multum.graph import Graph, spec
+from multum.graph.axes import Groups, Keep, axes
+from multum.graph.capture import arguments
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
