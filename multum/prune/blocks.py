@@ -73,7 +73,7 @@ class Blocks(Step):
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         original = graph.copy()
-        skip(graph, [(block, _end(block, change["end"])) for block in blocks(graph) if (change := plan.changes.get(block.name))])
+        skip(graph, [(block, end_of(block, change["end"])) for block in blocks(graph) if (change := plan.changes.get(block.name))])
         if not (self.recover and task.has("calibration")):
             return {}
         return recover_judged(graph, original, (task, self.samples), [layer.name for layer in layers(graph)])
@@ -110,7 +110,8 @@ def _even(graph: Graph, chosen: list[Block], share: float) -> dict[str, dict[str
     return {block.name: gone[block.name] for block in chosen if block.name in gone}
 
 
-def _end(block: Block, which: str) -> fx.Node:
+def end_of(block: Block, which: str) -> fx.Node:
+    """What `skip` puts the block's input in the place of: its "sum", or the "norm" behind it."""
     return block.norm if which == "norm" and block.norm is not None else block.total
 
 
@@ -124,7 +125,7 @@ def _cheapest(graph: Graph, chosen: list[Block], count: int, deviation: Deviatio
 
     def off(block: Block, end: str) -> float:
         trial, wanted = graph.copy(), {name: change["end"] for name, change in gone.items()} | {block.name: end}
-        skip(trial, [(own, _end(own, wanted[own.name])) for own in blocks(trial) if own.name in wanted])
+        skip(trial, [(own, end_of(own, wanted[own.name])) for own in blocks(trial) if own.name in wanted])
         return deviation(trial)
 
     line = [(off(block, end), 0, order[block.name], end) for block in chosen for end in ("sum", *(["norm"] if block.norm else []))]

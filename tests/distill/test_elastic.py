@@ -89,6 +89,44 @@ def test_one_file_holds_all_widths(task: Task, trained: Result, tmp_path: Path) 
     verify(theirs[1.0], to_onnx_bytes(theirs[1.0]))
 
 
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.body = nn.ModuleList(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)) for _ in range(4))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        for branch in self.body:
+            x = torch.relu(x + branch(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_depths_leave_out_blocks_at_every_width(task: Task, tmp_path: Path) -> None:
+    deep = Task(Deep(), task.example, train=task.train, validation=task.validation, loss=task.loss, metric=accuracy)
+    teacher = compress(deep, distill.Logits(alpha=0.0, epochs=4, learning_rate=0.02)).graph
+    job = Task(teacher, task.example, train=task.train, validation=task.validation, loss=task.loss, metric=accuracy)
+    save(compress(job, distill.Elastic(widths=(0.5,), depths=(0.5,), epochs=8, learning_rate=0.01)), tmp_path / "elastic.mip", job)
+    graph = load(tmp_path / "elastic.mip")
+    whole, shallow = distill.slices(graph), distill.slices(graph, depth=0.5)
+    assert sorted(whole) == sorted(shallow) == [0.5, 1.0]
+    convolutions = [len(found.find(torch.ops.aten.conv2d.default)) for found in (whole[1.0], whole[0.5], shallow[1.0], shallow[0.5])]
+    assert convolutions == [5, 5, 3, 3]
+    assert torch.equal(shallow[1.0].tensor("body.0.0.weight"), graph.tensor("body.0.0.weight"))
+    assert not torch.equal(shallow[1.0].tensor("body.0.1.running_var"), graph.tensor("body.0.1.running_var"))
+    assert all(float(job.score(found).mean()) > 90 for found in (*whole.values(), *shallow.values()))
+    with pytest.raises(StepError, match=r"Depth 0\.3 is asked for"):
+        distill.slices(graph, depth=0.3)
+
+
+def test_a_network_without_blocks_has_one_depth() -> None:
+    plain = Task(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4), train=[(torch.randn(2, 4), torch.zeros(2))])
+    with pytest.raises(StepError, match="no block to leave out"):
+        compress(plain, distill.Elastic(depths=(0.5,)))
+
+
 @pytest.mark.parametrize("widths", [(), (0.5, 0.5), (1.0,), (0.0,)])
 def test_widths_that_cannot_be_are_refused(task: Task, widths: tuple[float, ...]) -> None:
     with pytest.raises(StepError, match="The widths are"):
@@ -96,7 +134,7 @@ def test_widths_that_cannot_be_are_refused(task: Task, widths: tuple[float, ...]
 
 
 def test_a_graph_of_one_width_says_so(task: Task) -> None:
-    with pytest.raises(StepError, match="one width only"):
+    with pytest.raises(StepError, match="the graph has one"):
         distill.slices(task.original)
 
 
