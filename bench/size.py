@@ -29,12 +29,11 @@ def coded(
     far: float,
     start: float = 1.3,
     teacher: str = "",
-    average: float = 0.0,
 ) -> list[multum.Step]:
     """A share of the parameters, which recovers by SGD at `far`; then onto a grid at `start` bits, and down to `bits` while it learns."""
     cut = multum.prune.Channels(parameters=parameters, multiple=1, floor=0.01)
     recover = multum.distill.Logits(epochs=recovery, optimizer="sgd", learning_rate=far, patience=0)
-    how = {"bits": bits, "epochs": epochs, "learning_rate": learning_rate, "patience": 0, "average": average}
+    how = {"bits": bits, "epochs": epochs, "learning_rate": learning_rate, "patience": 0}
     learn = multum.distill.Teachers(files=teacher, weights=(0.3, 0.7), **how) if teacher else multum.distill.Logits(**how)
     return [cut, recover, multum.quantize.RateDistortion(bits=max(bits, start), rounding="nearest"), learn, multum.quantize.Half()]
 
@@ -82,7 +81,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     for option in ("parameters", "recovery", "far", "bits", "epochs", "learning_rate"):
         parser.add_argument(f"--{option}", type=float, help="in place of the recipe's")
-    parser.add_argument("--average", type=float, default=0.0, help="decay of the mean of weights while they are on their grid")
+    parser.add_argument("--start", type=float, help="bits of the grid at first, 1.3 when not given; training goes down from there")
     parser.add_argument("--size", help="such as 1/50: what `multum compress --size 1/50 --max-drop 1` finds, in place of a recipe")
     parser.add_argument("--teacher", help="a .mip file: a second teacher while weights are on their grid, of weight 0.7")
     given = parser.parse_args()
@@ -91,8 +90,8 @@ def main() -> None:
     for name in given.names:
         for seed in given.seeds:
             chosen = {key: value if getattr(given, key) is None else getattr(given, key) for key, value in RECIPES[name].items()}
-            if given.average:
-                chosen["average"] = given.average
+            if given.start:
+                chosen["start"] = given.start
             if given.teacher:
                 chosen["teacher"] = given.teacher
             row = measure(name, seed, (shallow if name == "reuters" else coded)(**chosen), given.size)

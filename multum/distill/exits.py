@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from ..graph import Graph, capture, layers, spec
 from ..graph.split import graft, split
 from ..step import Plan, option
 from ..task import Batches, Predict, Task, batch_size, call, logits
+from ..train import Training
 from ..train.losses import imitation
 from ..train.memory import picked
 from .logits import Logits
@@ -97,6 +98,9 @@ class Self(Logits):
         for exit, (place, *_) in enumerate(plan.changes["*"]["exits"]):
             graph.set_tensor(f"{_PLACE}.e{exit}.place", torch.tensor([place], dtype=torch.int32))
         return measured
+
+    def _training(self, graph: Graph) -> Training:
+        return replace(super()._training(graph), fresh=_PLACE)
 
     def _as_outputs(self, graph: Graph, value: Tensor) -> Any:
         return spec.unflatten([value], graph.outputs)

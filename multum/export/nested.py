@@ -49,7 +49,7 @@ def _join(graph: Any, rest: Any, threshold: float) -> None:
 
     node = helper.make_node
     answer, *carried = (port.name for port in graph.output)
-    final = rest.output[0].name
+    final, kind = rest.output[0].name, graph.output[0].type
     names = {port.name: name for port, name in zip(rest.input, carried, strict=True)}
     for reader in rest.node:
         _rename(reader, names)
@@ -65,13 +65,12 @@ def _join(graph: Any, rest: Any, threshold: float) -> None:
             node("GreaterOrEqual", [made["least"], made["threshold"]], [made["done"]]),
         ]
     )
-    here = helper.make_graph([node("Identity", [answer], [made["own"]])], "sure", [], [_like(rest.output[0], made["own"])])
+    here = helper.make_graph([node("Identity", [answer], [made["own"]])], "sure", [], [helper.make_value_info(made["own"], kind)])
     rest.node.append(node("Where", [made["sure"], answer, final], [f"{final}_chosen"]))
-    there = helper.make_graph(rest.node, "unsure", [], [_like(rest.output[0], f"{final}_chosen")], rest.initializer)
+    there = helper.make_graph(rest.node, "unsure", [], [helper.make_value_info(f"{final}_chosen", kind)], rest.initializer)
     graph.node.append(node("If", [made["done"]], [f"{answer}_or_later"], then_branch=here, else_branch=there))
-    result = _like(graph.output[0], f"{answer}_or_later")
     del graph.output[:]
-    graph.output.append(result)
+    graph.output.append(helper.make_value_info(f"{answer}_or_later", kind))
 
 
 def _rename(reader: Any, names: dict[str, str]) -> None:
@@ -80,12 +79,3 @@ def _rename(reader: Any, names: dict[str, str]) -> None:
     for attribute in reader.attribute:
         for inner in attribute.g.node:
             _rename(inner, names)
-
-
-def _like(port: Any, name: str) -> Any:
-    from onnx import ValueInfoProto
-
-    made = ValueInfoProto()
-    made.CopyFrom(port)
-    made.name = name
-    return made

@@ -225,12 +225,9 @@ class Factorization(Step):
 
 def unfit(graph: Graph, layer: Layer) -> str | None:
     """Why a layer has no chain that could take its place; None when it may have."""
-    weight = graph.tensor(layer.weight)
-    if (reason := irreplaceable(graph, layer)) is None and (
-        weight.ndim < 2 or (layer.kind != "conv" and weight.ndim > 2) or layer.node.kwargs
-    ):
-        return "it is not a product of two matrices"
-    return reason
+    dims = graph.tensor(layer.weight).ndim
+    flat = not layer.node.kwargs and (dims == 2 or (layer.kind == "conv" and dims > 2))
+    return irreplaceable(graph, layer) or (None if flat else "it is not a product of two matrices")
 
 
 def per_dimension(layer: Layer, name: str) -> Any:
