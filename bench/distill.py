@@ -181,7 +181,7 @@ def digits() -> multum.Task:
     return multum.Task(teacher, x[:2], test=test, metric=accuracy)
 
 
-LONGER, SHORTER = {"epochs": 200.0}, {"epochs": 60.0, "samples": 512, "descent": 300}
+LONGER, SHORTER = {"epochs": 200.0}, {"epochs": 250.0, "samples": 512, "descent": 300}
 
 
 def datafree() -> None:
@@ -262,7 +262,7 @@ def early() -> None:
         print(f"medians {medians[0]:.3f} and {medians[1]:.3f} ms; left at {share.round(3).tolist()}", flush=True)
 
 
-EARLY = {"reuters": Self(weight=0.5), "fashion_mnist": Self(weight=0.3, epochs=2.0)}
+EARLY = {"reuters": Self(weight=0.5)}
 
 
 def singles(inputs: Any) -> list[Any]:
