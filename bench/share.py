@@ -35,7 +35,7 @@ ROWS = {
     "table, pairs": ("reuters", [Clusters(size=2, bits=8, scope="channel", include=TABLE)]),
     "table, fours": ("reuters", [Clusters(size=4, bits=8, scope="channel", include=TABLE)]),
     "ties": ("reuters", [Ties(own=False), Logits(epochs=1.0)]),
-    "ties, 3 passes": ("reuters", [Ties(own=False), Logits(epochs=3.0, learning_rate=3e-4)]),
+    "ties, 2 passes": ("reuters", [Ties(own=False), Logits(epochs=2.0, learning_rate=3e-4)]),
 }
 
 
