@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainError
+from ..graph import Graph
 
+FORMAT = 2  # in every key: files of another format are of another training
 Parts = dict[str, dict[str, Tensor]]
 
 
@@ -44,21 +46,22 @@ def load(file: Path, key: str) -> tuple[dict[str, Any], Parts]:
         raise TrainError(f"{str(file)!r} cannot be read: {error}", "a checkpoint of this training", "remove it to start anew") from error
 
 
-def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimizer remembers, by the number of the parameter and the name of the value."""
-    rows = optimizer.state_dict()["state"].items()
-    return {f"{index}.{name}": value for index, values in rows for name, value in values.items() if isinstance(value, Tensor)}
+def moments(optimizer: torch.optim.Optimizer, graph: Graph) -> dict[str, Tensor]:
+    """What an optimizer remembers, by the names of parameter and value: a graph from a file has its parameters in another order."""
+    state = optimizer.state
+    rows = {name: state[parameter] for name, parameter in graph.tensors.named_parameters() if parameter in state}
+    return {f"{name}:{key}": value for name, values in rows.items() for key, value in values.items() if isinstance(value, Tensor)}
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, rows: Mapping[str, Tensor]) -> None:
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in rows.items():
-        index, _, key = name.partition(".")
-        like = trained[int(index)]
+def restore_moments(optimizer: torch.optim.Optimizer, graph: Graph, rows: Mapping[str, Tensor]) -> None:
+    places = {id(parameter): place for place, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    parameters, state = dict(graph.tensors.named_parameters()), dict[int, dict[str, Tensor]]()
+    for row, tensor in rows.items():
+        name, _, key = row.rpartition(":")
+        like = parameters[name]
         # fused optimizers go through memory in order: a moment must be laid out like its parameter
         value = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor) if tensor.shape == like.shape else tensor
-        state.setdefault(int(index), {})[key] = value
+        state.setdefault(places[id(like)], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -77,7 +77,7 @@ class _Run:
         self.companions, self.board = companions, Board()
         self.graph, self.task, self.loss, self.how = graph, task, loss, how
         self.home = next(graph.parameters()).device
-        key = [graph.fingerprint(), asdict(how), task.seed, [companion.key for companion in companions]]
+        key = [checkpoint.FORMAT, graph.fingerprint(), asdict(how), task.seed, [companion.key for companion in companions]]
         self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.file = workdir / "training.safetensors" if workdir else None
         self.accelerator = Accelerator()
@@ -253,7 +253,7 @@ class _Run:
         position = {"step": self.step, "seen": self.seen, "kept": self.kept, "losses": self.losses, "validation": self.validation}
         position["best"] = self.best
         position["seconds"] = self.seconds + time.perf_counter() - self.began
-        parts = {"graph": dict(self.graph.named_tensors()), "kept": self.state, "optimizer": checkpoint.moments(self.optimizer)}
+        parts = {"graph": dict(self.graph.named_tensors()), "kept": self.state, "optimizer": checkpoint.moments(self.optimizer, self.graph)}
         parts |= {"order": self.order, "now": checkpoint.random_state(self.accelerator.device)}
         parts |= {f"companion{index}": companion.state() for index, companion in enumerate(self.companions)}
         checkpoint.save(self.file, self.key, position, parts)
@@ -264,7 +264,7 @@ class _Run:
         position, parts = checkpoint.load(self.file, self.key)
         _restore(self.graph, parts["graph"])
         self.state = {name: tensor.to(self.accelerator.device) for name, tensor in parts["kept"].items()}
-        checkpoint.restore_moments(self.optimizer, parts.get("optimizer", {}))
+        checkpoint.restore_moments(self.optimizer, self.graph, parts.get("optimizer", {}))
         self.order, self.now = parts["order"], parts["now"]
         self.step, self.seen, self.kept = position["step"], position["seen"], position["kept"]
         self.losses, self.seconds, self.best = position["losses"], position["seconds"], position["best"]

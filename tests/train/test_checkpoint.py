@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from multum.errors import TrainError
-from multum.graph import Graph
+from multum.graph import Graph, capture
 from multum.task import Task
-from multum.train import Training, Unfreeze, fit, loop
+from multum.train import Training, Unfreeze, checkpoint, fit, loop
+from multum.train import optimizer as optimizers
 
 torch.set_num_threads(1)
 
@@ -84,6 +85,32 @@ def test_resumed_training_ends_with_the_same_bits(tmp_path: Path, monkeypatch: p
     assert {key: again[key] for key in ("steps", "loss_first", "loss_last", "validation", "kept")} == {
         key: history[key] for key in ("steps", "loss_first", "loss_last", "validation", "kept")
     }
+
+
+class Reversed(nn.Module):
+    """The same tensors in another order, as a graph from a file may have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.norm, self.conv = nn.Linear(8, 4), nn.BatchNorm2d(8), nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def test_what_the_optimizer_remembers_goes_by_names() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    before, after = capture(Net().eval(), x), capture(Reversed().eval(), x)
+    assert [name for name, _ in before.tensors.named_parameters()] != [name for name, _ in after.tensors.named_parameters()]
+    ours, theirs = (optimizers.optimizer(graph, Training(), torch.device("cpu")) for graph in (before, after))
+    before(x).square().sum().backward()
+    ours.step()
+    checkpoint.restore_moments(theirs, after, checkpoint.moments(ours, before))
+    for name, parameter in before.tensors.named_parameters():
+        for key, value in ours.state[parameter].items():
+            torch.testing.assert_close(theirs.state[dict(after.tensors.named_parameters())[name]][key], value, rtol=0, atol=0)
+    after(x).square().sum().backward()
+    theirs.step()  # a fused optimizer goes through memory: moments of another parameter would be of another size
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
