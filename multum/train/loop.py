@@ -89,7 +89,7 @@ class _Run:
         graph.to(self.accelerator.device)
         self.format = lay_out(graph)
         self.model = self.accelerator.prepare_model(graph)
-        self.parameters = [parameter for parameter in graph.parameters() if parameter.requires_grad]
+        self.parameters = [parameter for _, parameter in sorted(graph.named_parameters()) if parameter.requires_grad]
         self.scales = scales(graph)
         for companion in companions:
             companion.join(graph)

@@ -94,7 +94,7 @@ def optimizer(graph: Graph, how: Training, device: torch.device) -> torch.optim.
     decaying = {layer.weight for layer in layers(graph) if layer.kind in ("conv", "linear", "rnn")}
     learned = {id(scale) for scale in scales(graph)} if how.optimizer == "adamw" else set()
     rows: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay} for weight_decay in (0.0, how.weight_decay)]
-    for name, parameter in graph.tensors.named_parameters():
+    for name, parameter in sorted(graph.tensors.named_parameters()):  # a graph from a file has them in another order
         if not parameter.requires_grad:
             continue
         if id(parameter) in learned:

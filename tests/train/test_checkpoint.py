@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from multum import compress, distill, prune
 from multum.errors import TrainError
 from multum.graph import Graph, capture
 from multum.task import Task
@@ -111,6 +112,24 @@ def test_what_the_optimizer_remembers_goes_by_names() -> None:
             torch.testing.assert_close(theirs.state[dict(after.tensors.named_parameters())[name]][key], value, rtol=0, atol=0)
     after(x).square().sum().backward()
     theirs.step()  # a fused optimizer goes through memory: moments of another parameter would be of another size
+
+
+def test_a_training_behind_a_step_from_its_file_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    calls = list[int]()
+
+    def cut_short(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 8:
+            raise Cut
+        return nn.functional.cross_entropy(outputs, targets)
+
+    steps = [prune.Channels(ratio=0.25), distill.Logits(epochs=3, learning_rate=0.01)]
+    whole = compress(make().but(loss=nn.functional.cross_entropy), steps, workdir=tmp_path / "whole").graph
+    with pytest.raises(Cut):
+        compress(make().but(loss=cut_short), steps, workdir=tmp_path / "cut")
+    resumed = compress(make().but(loss=nn.functional.cross_entropy), steps, workdir=tmp_path / "cut").graph
+    assert resumed.fingerprint() == whole.fingerprint()
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
