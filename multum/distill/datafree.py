@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from ..graph import Graph
 from ..graph.model import aten, read
 from ..step import Plan, option
 from ..task import Task, logits
+from ..train import Training
 from ..train.augment import cutmix
 from .logits import Logits
 
@@ -54,17 +55,20 @@ class DataFree(Logits):
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         device = next(graph.parameters()).device
-        batches, told = self.inverted(task.original, task.seed, device)
-        made = task.but(train=_Mixed(batches), validation=None, loss=None, fit=None)
+        inputs, told = self.inverted(task.original, task.seed, device)
+        made = task.but(train=_Mixed(inputs, self.batch), validation=None, loss=None, fit=None)
         return self._learn(graph, plan, made, workdir) | told
 
-    def inverted(self, original: Graph, seed: int, device: torch.device) -> tuple[list[tuple[Tensor, Tensor | None]], dict[str, Any]]:
-        """Batches of inputs [batch, ...] and their classes, and how well the original takes them for that."""
+    def _training(self, graph: Graph) -> Training:
+        return replace(super()._training(graph), memory=0.0)  # no input comes twice
+
+    def inverted(self, original: Graph, seed: int, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+        """The inputs [samples, ...], and how well the original takes them for the classes that were drawn."""
         teacher = original.copy().eval().requires_grad_(False).to(device)
         norms = teacher.find(aten.batch_norm.default)
         kept = [tuple(teacher.tensor(str(read(node, name).target)) for name in ("running_mean", "running_var")) for node in norms]
         teacher.tap([node.all_input_nodes[0] for node in norms])
-        batches, hits, off = list[tuple[Tensor, Tensor | None]](), list[float](), list[float]()
+        made, hits, off = list[Tensor](), list[float](), list[float]()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for first in range(0, self.samples, self.batch):
@@ -77,9 +81,9 @@ class DataFree(Logits):
                 if classes is not None:
                     with torch.no_grad():
                         hits.append(float((logits(teacher(x)).argmax(1) == classes).float().mean()))
-                batches.append((x, classes))
+                made.append(x)
         told = {"statistics_off": sum(off) / len(off)} | ({"seen_as_drawn": sum(hits) / len(hits)} if hits else {})
-        return batches, told
+        return torch.cat(made), told
 
     def _descend(self, teacher: Graph, x: Tensor, classes: Tensor | None, kept: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, float]:
         x = x.requires_grad_(True)
@@ -102,8 +106,8 @@ class DataFree(Logits):
 class _Mixed:
     """Batches in another order each time, with boxes of their inputs [n, c, h, w] filled from each other; others are as they were made."""
 
-    def __init__(self, batches: list[tuple[Tensor, Tensor | None]]):
-        self.inputs, self.size = torch.cat([x for x, _ in batches]), len(batches[0][0])
+    def __init__(self, inputs: Tensor, size: int):
+        self.inputs, self.size = inputs, size
 
     def __len__(self) -> int:
         return -(-len(self.inputs) // self.size)

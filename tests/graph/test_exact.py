@@ -14,7 +14,8 @@ from multum.graph.file import dump, restore
 from multum.graph.surgery import cut
 from multum.task import call
 from multum.testing import CONFIGS, ZOO
-from tests.graph.exact import double, lively, masked, shares
+
+from .exact import double, lively, masked, shares
 
 FAST = ("resnet", "shufflenet_v2", "yolo", "lstm", "fused_attention", "grouped_queries", "recurrent_cells")
 MODELS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]

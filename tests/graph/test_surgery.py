@@ -9,7 +9,8 @@ from multum.errors import GraphError
 from multum.graph.axes import axes
 from multum.graph.surgery import cut
 from multum.testing import ZOO
-from tests.graph.exact import double, lively, masked
+
+from .exact import double, lively, masked
 
 
 def test_against_the_original_module_with_its_weights_set_to_zero() -> None:
