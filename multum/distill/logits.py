@@ -33,7 +33,7 @@ class Logits(Step):
     alpha: float = option(ALPHA, "weight of the original's outputs in the loss, 0 to 1; the task's loss has the rest")
     likeness: str = option("soft", "how logits are compared: soft; decoupled (DKD), correlated (DIST), standardized")
     optimizer: str = option("adamw", OPTIMIZER)
-    patience: int = option(5, "passes without a better validation score after which training stops; 0: never")
+    patience: int = option(0, "passes without a better validation score after which training stops, before the rate has fallen; 0: never")
     augment: str | tuple[str, ...] = option((), "what is done to the student's inputs: crop, flip, cutout, mixup, cutmix; tokens")
     average: float = option(0.0, "decay of the mean of past weights, which then is the result, such as 0.999; 0: the weights themselves")
     unfreeze: float = option(0.0, "share of the training in which layers are freed one after another, the last one first; 0: all train")
@@ -54,9 +54,8 @@ class Logits(Step):
         if self.baseline and not self.replaceable:
             raise StepError(f"A network trained by labels alone cannot take the place of what {self.name()} trains.", "baseline=False")
         if self.bits is not None and not graph.find(*QUANTIZERS):
-            raise StepError(
-                f"{self.bits} bits are asked for and no weight is quantized.", "quantized weights", "put quantize.RateDistortion before"
-            )
+            told = f"{self.bits} bits are asked for and no weight is quantized."
+            raise StepError(told, "quantized weights", "put quantize.RateDistortion before")
         self._companions()  # which refuse what they cannot be
         how = self._training(graph)
         alpha = self.alpha if task.loss else 1.0

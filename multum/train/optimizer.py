@@ -13,10 +13,7 @@ from ..errors import TrainError
 from ..graph import Graph, layers
 from ..graph.model import aten, read
 
-_LEARNED_QUANTIZERS = (
-    aten._fake_quantize_learnable_per_tensor_affine.default,
-    aten._fake_quantize_learnable_per_channel_affine.default,
-)
+_LEARNED_QUANTIZERS = (aten._fake_quantize_learnable_per_tensor_affine.default, aten._fake_quantize_learnable_per_channel_affine.default)
 
 OPTIMIZER = "adamw, which stays near the weights as they are, or sgd: better in ten passes after deep cuts"
 _FRESH = {"adamw": 3e-3, "sgd": 0.1}  # the rate of parameters that begin anew, where that of the others is lower
@@ -39,7 +36,7 @@ class Training:
     weight_decay: float | None = None
     warmup: float = 0.05
     clip: float | None = None
-    patience: int = 5
+    patience: int = 0
     memory: float = 256.0
     fresh: str = ""
 
