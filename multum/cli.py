@@ -229,10 +229,7 @@ def report(out: Folder, as_json: AsJson = False) -> None:
 
 
 @app.command(epilog="Example: `multum steps prune.Channels`")
-def steps(
-    name: Annotated[str | None, typer.Argument(metavar="STEP", help="one step; else all")] = None,
-    as_json: AsJson = False,
-) -> None:
+def steps(name: Annotated[str | None, typer.Argument(metavar="STEP", help="one step; else all")] = None, as_json: AsJson = False) -> None:
     """List every step with its options, their defaults, and where the method comes from."""
     from .report import catalog, terminal
 

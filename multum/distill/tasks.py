@@ -73,9 +73,8 @@ class Tasks(Logits):
                 return value
             rows = dict(value) if isinstance(value, Mapping) else dict(zip(plan.changes["*"]["outputs"], tensors(value), strict=False))
             if missing := [name for name in names if name not in rows]:
-                raise StepError(
-                    f"The task's loss says nothing of the output {missing[0]!r}, only of {', '.join(rows)}.", "one number for each"
-                )
+                told = f"The task's loss says nothing of the output {missing[0]!r}, only of {', '.join(rows)}."
+                raise StepError(told, "one number for each")
             return weighted(rows)
 
         def spreads(seen: Any, outputs: Any, targets: Any, held: Callable[[Any], Tensor]) -> Tensor:

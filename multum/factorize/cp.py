@@ -118,9 +118,7 @@ class CP(Factorization):
         else:
             for dim, factor in enumerate(windows):
                 form = [rank, 1, *(n if other == dim else 1 for other, n in enumerate(window))]
-                ways = (
-                    along(part if isinstance(part, str) else part[dim], dim, other) for part, other in zip(parts, (1, 0, 1), strict=True)
-                )
+                ways = (along(part, dim, other) for part, other in zip(parts, (1, 0, 1), strict=True))
                 links.append(Link(layer.node.target, factor.T.reshape(form), (*ways, rank)))
         return [*links, Link(point, (outer / root).reshape(outputs, rank, *ones))]
 

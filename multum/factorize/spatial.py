@@ -50,18 +50,13 @@ class Spatial(Factorization):
         root = outer.flatten(2).norm(dim=(0, 2)).sqrt().clamp_min(1e-30)
         inner, outer = inner.reshape(rank, inputs, height, 1) * root[:, None, None, None], outer / root[:, None, None]
         parts = [per_dimension(layer, name) for name in ("stride", "padding", "dilation")]
-        rest = [[part if isinstance(part, str) else part[dim] for part in parts] for dim in (0, 1)]
-        return [
-            Link(
-                layer.node.target, factor, tuple(along(value, dim, dim_rest) for value, dim_rest in zip(rest[dim], (1, 0, 1), strict=True))
-            )
-            for dim, factor in enumerate((inner, outer))
-        ]
+        ways = [tuple(along(part, dim, other) for part, other in zip(parts, (1, 0, 1), strict=True)) for dim in (0, 1)]
+        return [Link(layer.node.target, factor, way) for factor, way in zip((inner, outer), ways, strict=True)]
 
 
-def along(value: int | str, dim: int, otherwise: int) -> list[int] | str:
+def along(value: Sequence[int] | str, dim: int, otherwise: int) -> list[int] | str:
     """An argument of a convolution that has it along one dimension only."""
-    return value if isinstance(value, str) else [value if other == dim else otherwise for other in (0, 1)]
+    return value if isinstance(value, str) else [size if other == dim else otherwise for other, size in enumerate(value)]
 
 
 def _matrix(weight: Tensor) -> Tensor:

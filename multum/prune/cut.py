@@ -39,9 +39,7 @@ class Cut(Step):
     kinds: ClassVar[tuple[str, ...]] = ()
 
     ratio: float = option(0.5, "share of the channels that is cut")
-    criterion: str | None = option(
-        None, f"what a channel is judged by: {', '.join(CRITERIA)}; obs with calibration data, magnitude without when not given"
-    )
+    criterion: str | None = option(None, f"what judges a channel: {', '.join(CRITERIA)}; not given: obs with data, else magnitude")
     allocation: str | None = option(
         None,
         "uniform: the same share everywhere; global: the lowest scores of the whole network; budget: the lowest scores for what they save; "
@@ -51,10 +49,7 @@ class Cut(Step):
     floor: float = option(0.1, "least share of each group that is kept")
     include: str | tuple[str, ...] = option("*", "layers that may be cut, as glob patterns")
     exclude: str | tuple[str, ...] = option((), "layers that may not")
-    threshold: float | None = option(
-        None,
-        "channels that score lower than so many times the mean of their group go, those that score higher stay; takes the place of ratio",
-    )
+    threshold: float | None = option(None, "what scores lower than so many times the mean of its group goes; takes the place of ratio")
     parameters: float | None = option(None, "share of the parameters to keep; takes the place of ratio")
     macs: float | None = option(None, "share of the multiply-accumulates to keep; takes the place of ratio")
     latency: float | None = option(None, "share to keep of the layers' times, measured on this machine; takes the place of ratio")

@@ -32,9 +32,7 @@ class NM(Step):
 
     pattern: str = option("2:4", "n:m, such as 2:4 or 4:8: n of m are kept; or outputs x inputs of a block, such as 4x1")
     ratio: float = option(0.5, "share of the blocks that becomes zero; n:m says it by itself")
-    criterion: str | None = option(
-        None, f"what a weight is judged by: {', '.join((*CRITERIA, *SURGEONS))}; obs with calibration data, without l1 when not given"
-    )
+    criterion: str | None = option(None, f"what judges a weight: {', '.join((*CRITERIA, *SURGEONS))}; not given: obs with data, else l1")
     recover: bool = option(True, "let the other weights make good, when there are calibration data")
     samples: int = option(512, "samples that data-based criteria and recovery look at")
     include: str | tuple[str, ...] = option("*", "glob patterns of layers")

@@ -31,13 +31,9 @@ class Weights(Step):
     stage: ClassVar[Stage | None] = Stage.VALUES
 
     ratio: float = option(0.5, "share of the weights that becomes zero")
-    criterion: str | None = option(
-        None, f"what a weight is judged by: {', '.join((*CRITERIA, *SURGEONS))}; obs with calibration data, without lamp when not given"
-    )
+    criterion: str | None = option(None, f"what judges a weight: {', '.join((*CRITERIA, *SURGEONS))}; not given: obs with data, else lamp")
     allocation: str = option("global", "global: the lowest scores of the whole network; uniform: the same share of every layer")
-    threshold: float | None = option(
-        None, "weights that score lower become zero (uniform: lower than so many times the layer's mean); for ratio"
-    )
+    threshold: float | None = option(None, "what scores lower becomes zero (uniform: than so many times the layer's mean); for ratio")
     probability: float | None = option(None, "each weight becomes zero with this probability; for ratio")
     floor: float = option(0.01, "least share of each layer that is kept")
     recover: bool = option(True, "let the other weights make good, when there are calibration data")

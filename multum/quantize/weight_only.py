@@ -48,9 +48,8 @@ class WeightOnly(Step):
                 raise StepError(f"The layer {layer.name!r} is quantized already.", "each layer quantized once", f"exclude {layer.name!r}")
         has_data = task.has("calibration")
         if not has_data and self.rounding not in ("auto", "nearest"):
-            raise StepError(
-                f"The rounding {self.rounding!r} looks at data, of which the task {task.name!r} has none.", "Task(..., calibration=...)"
-            )
+            told = f"The rounding {self.rounding!r} looks at data, of which the task {task.name!r} has none."
+            raise StepError(told, "Task(..., calibration=...)")
         entries = weight_entries(chosen, self.bits, self.edges, self.rounding if has_data else "nearest")
         return Plan({layer.name: entry for layer, entry in entries}, skipped)
 

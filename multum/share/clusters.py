@@ -71,9 +71,7 @@ class Clusters(Step):
     size: int = option(1, "weights in an entry; more than 1: product quantization")
     scope: str = option("layer", "what has a codebook of its own: layer, channel (of an embedding: columns) or model")
     start: str = option("kmeans++", f"where entries begin: {', '.join(STARTS)}; the last two for size 1")
-    weighting: str = option(
-        "auto", "what an error counts: none, curvature (of data), fisher (of training data); auto: curvature if there are data"
-    )
+    weighting: str = option("auto", "what errors count: none, curvature (of data), fisher (of training data); auto: curvature if it can")
     entropy: float | None = option(None, "most bits per index that the indices may take on average, when they are entropy coded")
     samples: int = option(256, "that weighting looks at")
     epochs: float = option(0.0, "passes over the training data in which weights choose their entries softly; 0: nearest entries at once")

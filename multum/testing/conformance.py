@@ -185,13 +185,5 @@ def options_return(trial: Trial) -> None:
 
 
 Check = Callable[[Trial], None]
-CHECKS: Sequence[Check] = (
-    plan_is_pure,
-    plan_is_data,
-    options_return,
-    changes_or_says_why,
-    runs_with_any_batch,
-    trains,
-    survives_the_file,
-)
+CHECKS: Sequence[Check] = (plan_is_pure, plan_is_data, options_return, changes_or_says_why, runs_with_any_batch, trains, survives_the_file)
 SLOW_CHECKS: Sequence[Check] = (exports,)

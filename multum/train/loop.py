@@ -34,12 +34,7 @@ _SMALLEST_SCALE = 1e-8
 
 
 def fit(
-    graph: Graph,
-    task: Task,
-    loss: Loss,
-    how: Training | None = None,
-    workdir: Path | None = None,
-    companions: Sequence[Companion] = (),
+    graph: Graph, task: Task, loss: Loss, how: Training | None = None, workdir: Path | None = None, companions: Sequence[Companion] = ()
 ) -> dict[str, Any]:
     """Trains `graph` in place on the task's train data and leaves it in eval mode.
 

@@ -210,10 +210,8 @@ def imitations(student: Any, teacher: Any, targets: Any, temperature: float, lik
     """
     ours, theirs = (list(_named(value)) for value in (student, teacher))
     if [(name, value.shape) for name, value in ours] != [(name, value.shape) for name, value in theirs]:
-        raise StepError(
-            f"The student gives {_describe(ours)}, the teacher {_describe(theirs)}.",
-            "the same outputs with the same number of classes",
-        )
+        told = f"The student gives {_describe(ours)}, the teacher {_describe(theirs)}."
+        raise StepError(told, "the same outputs with the same number of classes")
     if not ours:
         raise StepError("The model's outputs hold no floating-point tensor.", "at least one, such as logits")
     terms = {}
