@@ -34,17 +34,21 @@ class Given:
         self.roots = {name: _root(pull) for name, pull in found.items()}
 
     def __call__(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
-        """A weight [outputs, ...], and its second moments [height, height] or [rows], or None without data."""
-        weight, second = self.plain(layer), None
+        """A weight [outputs, ...] as it is seen, and its second moments [height, height] or [rows], or None without data."""
+        return self.seen(layer, self.plain(layer)), self.second(layer)
+
+    def second(self, layer: Layer) -> Tensor | None:
         if self.evidence is not None and layer.kind == "embedding":
             if layer.name not in self._counts:
                 self._counts[layer.name] = self.evidence.counts(layer)
             counts = self._counts[layer.name]
-            second = counts + _UNSEEN * counts.mean() + 1e-12
-        elif self.evidence is not None and multiplies(layer):
-            second = self.evidence.second(layer)[0]
+            return counts + _UNSEEN * counts.mean() + 1e-12
+        return self.evidence.second(layer)[0] if self.evidence is not None and multiplies(layer) else None
+
+    def seen(self, layer: Layer, weight: Tensor) -> Tensor:
+        """This weight, or another in its place, such that plain squared errors are the right ones."""
         root = self.roots.get(layer.name)
-        return weight if root is None else torch.tensordot(root, weight, 1), second
+        return weight if root is None else torch.tensordot(root, weight, 1)
 
     def plain(self, layer: Layer) -> Tensor:
         """A weight, outputs first."""

@@ -16,6 +16,7 @@ from ..errors import StepError
 from ..graph import Graph, Layer, layers, select
 from ..graph.matrix import data, irreplaceable
 from ..graph.model import read, shape
+from ..prune.recover import replaced
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from . import chain, vbmf
@@ -40,6 +41,7 @@ class Factorization(Step):
 
     stage: ClassVar[Stage | None] = Stage.STRUCTURE
     kinds: ClassVar[Sequence[str]] = ("conv",)
+    composes: ClassVar[bool] = True  # whether a chain comes to one weight, chosen by what data say
 
     energy: float = option(0.9, "share of each layer's energy that is kept")
     rank: int | tuple[int, ...] | str | None = option(None, "of every layer, a number for each of its ranks, or vbmf: what is not noise")
@@ -50,6 +52,7 @@ class Factorization(Step):
     weighting: str = option("inputs", "what an error counts: inputs, as they are met; outputs: as well what it costs the network's outputs")
     faster: bool = option(False, "factorize only where the chain measures faster than the layer")
     samples: int = option(256, "calibration samples, where there are any, whose outputs are kept; 0: look at the weights alone")
+    recover: bool = option(True, "each chain makes good what those before it lost, when there are calibration data")
     include: str | tuple[str, ...] = option("*", "layers that may be factorized, as glob patterns")
     exclude: str | tuple[str, ...] = option((), "layers that may not")
 
@@ -146,13 +149,23 @@ class Factorization(Step):
         return Plan(changes, skipped)
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
-        known, made = {layer.name: layer for layer in layers(graph)}, list[tuple[Layer, list[Link]]]()
+        known = {layer.name: layer for layer in layers(graph) if layer.name in plan.changes}
         given = self._given(graph, task, self._chosen(graph)[0])
-        for layer in [layer for layer in known.values() if layer.name in plan.changes]:
-            made.append((layer, given.back(layer, self.links(layer, *given(layer), several(plan.changes[layer.name]["rank"])))))
-        for layer, links in made:
-            self.put(graph, layer, links)
-        return {}
+
+        def links(layer: Layer, matrix: Tensor, second: Tensor | None) -> tuple[list[Link], Tensor]:
+            weight = matrix.reshape(given.plain(layer).shape)
+            ranks = several(plan.changes[layer.name]["rank"])
+            made = given.back(layer, self.links(layer, given.seen(layer, weight), second, ranks))
+            return made, chain.composed(made, weight.shape).flatten(1) if self.composes else matrix
+
+        made = {name: links(layer, given.plain(layer).flatten(1), given.second(layer)) for name, layer in known.items()}
+        measured = dict[str, Any]()
+        if self.recover and self.composes and self.samples and task.has("calibration") and made:
+            ways = {name: partial(links, layer) for name, layer in known.items()}
+            made, measured = replaced(graph, graph, (task, self.samples), made, ways)
+        for name, layer in known.items():
+            self.put(graph, layer, made[name][0])
+        return measured
 
     def _chosen(self, graph: Graph) -> tuple[dict[str, Layer], dict[str, str]]:
         """The layers that may be factorized, and why others may not."""

@@ -34,6 +34,7 @@ class TensorTrain(Factorization):
     """
 
     kinds: ClassVar[Sequence[str]] = ("linear", "embedding")
+    composes: ClassVar[bool] = False
 
     cores: int = option(3, "in a train, 2 or more")
 
@@ -59,13 +60,8 @@ class TensorTrain(Factorization):
             costs = [_macs(shapes, ranks) * positions(layer) for ranks in choices]
         kept = [place for place, cost in enumerate(costs) if cost < whole or len(choices) == 1] or [0]
         lost = [missed(weight, self.dense(layer, weight, None, choices[place]), second) for place in kept]
-        return Curve(
-            torch.tensor(lost, dtype=torch.double),
-            torch.tensor([costs[place] for place in kept], dtype=torch.double),
-            torch.tensor([choices[place] for place in kept]),
-            whole,
-            tuple(full),
-        )
+        spent, ranks = torch.tensor([costs[place] for place in kept], dtype=torch.double), torch.tensor([choices[place] for place in kept])
+        return Curve(torch.tensor(lost, dtype=torch.double), spent, ranks, whole, tuple(full))
 
     def unfoldings(self, layer: Layer, weight: Tensor) -> list[Tensor]:
         shapes, table = self._shapes(layer, weight), layer.kind == "embedding"

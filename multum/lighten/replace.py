@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..analyze.evidence import Evidence
 from ..errors import StepError, near
 from ..graph import Graph, Layer, layers, select
-from ..graph.matrix import channel_dim, data, irreplaceable
+from ..graph.fuse import give_bias
+from ..graph.matrix import channel_dim, data, irreplaceable, to_matrix
 from ..graph.model import shape
+from ..prune.recover import replaced
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .blocks import block_macs, dense_macs, form, put, shape_of
@@ -49,6 +51,7 @@ class Replace(Step):
     expansion: int = option(1, "filters for each input channel of separable and inverted blocks")
     ratio: float = option(0.5, "share of the channels inside bottleneck and low_rank")
     kernel: int = option(3, "taps of smaller and dilated windows in each dimension")
+    recover: bool = option(True, "each block makes good what those before it lost")
     epochs: float = option(0.0, "passes over the training data in which the blocks are trained; 0: none")
     learning_rate: float = option(1e-3, "the highest of that training")
     samples: int = option(256, "calibration samples whose second moments are taken")
@@ -93,17 +96,25 @@ class Replace(Step):
 
     def apply(self, graph: Graph, plan: Plan, task: Task, workdir: Path | None) -> dict[str, Any]:
         before, evidence = graph.copy(), Evidence(graph.copy(), task, self.samples)
-        made = [(layer, plan.changes[layer.name]["by"]) for layer in layers(graph) if layer.name in plan.changes]
-        twins, parts = {layer.name: layer for layer in layers(evidence.graph)}, dict[str, tuple[list[Part], Tensor]]()
-        for layer, kind in made:
-            dense, mean = self._dense(graph, layer, evidence, twins[layer.name])
-            block, matrix = FITS[kind](dense)
-            bias = graph.tensor(layer.bias).detach().double() if layer.bias else torch.zeros_like(mean[:1]).expand(len(matrix))
-            parts[layer.name] = block, bias + (dense.matrix - matrix) @ mean
-        ends = {layer.name: put(graph, layer, *parts[layer.name]) for layer, _ in made}
-        if not self.epochs:
-            return {}
-        return recover_blocks(graph, before, ends, task, self.epochs, self.learning_rate, workdir)
+        for layer in [layer for layer in layers(graph) if layer.name in plan.changes]:
+            give_bias(graph, layer)
+        known = {layer.name: layer for layer in layers(graph) if layer.name in plan.changes}
+        seen = {twin.name: self._dense(graph, twin, evidence) for twin in layers(evidence.graph) if twin.name in known}
+
+        def block(layer: Layer, matrix: Tensor, second: Tensor) -> tuple[list[Part], Tensor]:
+            return FITS[plan.changes[layer.name]["by"]](replace(seen[layer.name][0], matrix=matrix, second=second))
+
+        made, measured = {name: block(layer, seen[name][0].matrix, seen[name][0].second) for name, layer in known.items()}, dict[str, Any]()
+        for name, (dense, mean) in seen.items():
+            bias = graph.tensor(known[name].bias or "")
+            bias.data += ((dense.matrix - made[name][1]) @ mean).to(bias)
+        if self.recover and made:
+            ways = {name: partial(block, layer) for name, layer in known.items()}
+            made, measured = replaced(graph, before, (task, self.samples), made, ways)
+        ends = {name: put(graph, layer, made[name][0], graph.tensor(layer.bias or "").detach().double()) for name, layer in known.items()}
+        if self.epochs:
+            measured |= recover_blocks(graph, before, ends, task, self.epochs, self.learning_rate, workdir)
+        return measured
 
     def _kinds(self) -> tuple[str, ...]:
         return (self.by,) if isinstance(self.by, str) else self.by
@@ -114,7 +125,7 @@ class Replace(Step):
         for kind in self._kinds():
             reason = self._unfit(layer, kind)
             if reason is None:
-                dense, _ = self._dense(graph, layer, evidence, layer)
+                dense, _ = self._dense(graph, layer, evidence)
                 parts, matrix = FITS[kind](dense)
                 cost = block_macs(layer, parts)
                 reason = "it would cost no less" if cost >= whole else None
@@ -147,13 +158,12 @@ class Replace(Step):
                 return f"{self.kernel} taps cannot be spread evenly over {list(window)}"
         return None
 
-    def _dense(self, graph: Graph, layer: Layer, evidence: Evidence, twin: Layer) -> tuple[Dense, Tensor]:
+    def _dense(self, graph: Graph, layer: Layer, evidence: Evidence) -> tuple[Dense, Tensor]:
         """The layer as its fits see it, and the mean of its columns [height]."""
-        weight = graph.tensor(layer.weight).detach().double()
-        weight = weight.movedim(layer.axis, 0) if layer.kind == "linear" else weight
-        gram, mean, count = evidence.moments(twin)
-        sizes = {"groups": self.groups, "expansion": self.expansion, "ratio": self.ratio, "kernel": self.kernel}
-        return Dense(weight.flatten(1), gram[0] / count, weight.shape[1], shape_of(layer), **sizes), mean[0]  # type: ignore[arg-type]
+        matrix = to_matrix(layer, graph.tensor(layer.weight).detach().double())[0]
+        gram, mean, count = evidence.moments(layer)
+        inputs, window = shape(data(layer))[channel_dim(layer)], shape_of(layer)
+        return Dense(matrix, gram[0] / count, inputs, window, self.groups, self.expansion, self.ratio, self.kernel), mean[0]
 
 
 def within(found: Mapping[str, list[dict[str, Any]]], whole: Mapping[str, int], share: float) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from ..graph.residual import Block, blocks, skip
 from ..step import Plan, Stage, Step, option
 from ..task import Task
 from .deviation import Deviation
-from .recover import inputs, recover_judged
+from .recover import inputs, least_squares, recover_judged
 
 _ORDERS = ("change", "even", "alternate", "first", "last")
 
@@ -76,7 +76,7 @@ class Blocks(Step):
         skip(graph, [(block, end_of(block, change["end"])) for block in blocks(graph) if (change := plan.changes.get(block.name))])
         if not (self.recover and task.has("calibration")):
             return {}
-        return recover_judged(graph, original, (task, self.samples), [layer.name for layer in layers(graph)])
+        return recover_judged(graph, original, (task, self.samples), {layer.name: least_squares for layer in layers(graph)})
 
     def _chosen(self, found: list[Block]) -> list[Block]:
         wanted, unwanted = ((p,) if isinstance(p, str) else tuple(p) for p in (self.include, self.exclude))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ class Errors:
 
 Select = Callable[[fx.Node, Tensor], Tensor]  # a node of the original and its result -> what the graph still has of it
 Fit = Callable[[Tensor, Errors], Tensor]  # a layer's matrix [groups, outputs, height] -> a better one
+# a layer's matrix [outputs, height] and second moments of its columns -> what could take its place, and the matrix that this makes
+Replacement = Callable[[Tensor, Tensor], tuple[Any, Tensor]]
+Replaced = dict[str, tuple[Any, Tensor]]  # the same by the layer's name
 
 
 def _same(node: fx.Node, value: Tensor) -> Tensor:
@@ -77,17 +81,20 @@ def recover_cut(graph: Graph, original: Graph, keep: Keep, task: Task, samples: 
                 value = value.index_select(dim, groups.mask(axis, keep).nonzero().flatten().to(value.device))
         return value
 
-    return recover_judged(graph, original, (task, samples), readers, select)
+    return recover_judged(graph, original, (task, samples), dict.fromkeys(readers, least_squares), select)
 
 
-def recover_judged(graph: Graph, original: Graph, data: tuple[Task, int], names: Collection[str], select: Select = _same) -> dict[str, Any]:
-    """Fits the layers that `names` names on so many samples of the task's calibration data.
+def recover_judged(
+    graph: Graph, original: Graph, data: tuple[Task, int], fits: Mapping[str, Fit], select: Select = _same
+) -> dict[str, Any]:
+    """Fits these layers, those of them that can be, on so many samples of the task's calibration data.
 
-    A quarter of them judges: where all weights do worse than none, only biases and statistics are set, or nothing at all.
+    A quarter of them judges: where fits do worse than none, which happens where errors add up over many layers, half of the change is
+    made, or only biases and statistics are set, or nothing at all.
     Returns which it was, and how far the outputs were off before and are after.
     """
     batches = inputs(*data, graph, original)
-    fitted = [layer.name for layer in refittable(graph) if layer.name in names]
+    fitted = {layer.name: fits[layer.name] for layer in refittable(graph) if layer.name in fits}
     parts = [
         (rows(batch, size, 0, size - size // 4), rows(batch, size, size - size // 4, size))
         for batch in batches
@@ -96,13 +103,38 @@ def recover_judged(graph: Graph, original: Graph, data: tuple[Task, int], names:
     deviation = Deviation(original, [held for _, held in parts if batch_size(held)] or batches)
     before = deviation(graph)
     kept = {name: value.detach().clone() for name, value in graph.named_tensors()}
-    for way, fit in _WAYS.items():
-        recover(graph, original, [own for own, _ in parts], dict.fromkeys(fitted, fit), select)
+    halves = {name: partial(_half, fit) for name, fit in fitted.items()}
+    ways = ("least squares", fitted), ("half of least squares", halves), ("biases and statistics", dict.fromkeys(fitted, _unchanged))
+    for way, found in ways:
+        recover(graph, original, [own for own, _ in parts], found, select)
         if (after := deviation(graph)) < before:
             return {"recovery": way, "off_before": before, "off_after": after}
         for name, value in kept.items():
             graph.set_tensor(name, value)
     return {"recovery": "none", "off_before": before, "off_after": before}
+
+
+def replaced(
+    graph: Graph, original: Graph, data: tuple[Task, int], first: Replaced, ways: Mapping[str, Replacement]
+) -> tuple[Replaced, Any]:
+    """What takes the places of layers, each fitted anew to what the layer gave in `original` and on what those before it make by now.
+
+    (Zhang et al. 2015, section 3.3.) Biases and statistics of `graph` move along, in place. Where that does worse than `first` it is
+    not done (`recover_judged`, which tells the measures).
+    """
+    known, made, near = {layer.name: layer for layer in layers(graph)}, dict(first), graph.copy()
+    for name, (_, matrix) in first.items():
+        weight = graph.tensor(known[name].weight)
+        near.set_tensor(known[name].weight, from_matrix(known[name], matrix[None], weight.shape).to(weight))
+
+    def fit(name: str, matrix: Tensor, errors: Errors) -> Tensor:
+        made[name] = ways[name](least_squares(matrix, errors)[0].double(), errors.gram[0])
+        return made[name][1][None].to(matrix)
+
+    measured = recover_judged(near, original, data, {name: partial(fit, name) for name in ways})
+    for name, value in near.named_tensors():
+        graph.set_tensor(name, value)
+    return made if "least squares" in measured["recovery"] else first, measured
 
 
 def refittable(graph: Graph) -> list[Layer]:
@@ -122,15 +154,16 @@ def inputs(task: Task, samples: int, *graphs: Graph) -> list[Any]:
     return found
 
 
-def _least_squares(matrix: Tensor, errors: Errors) -> Tensor:
+def least_squares(matrix: Tensor, errors: Errors) -> Tensor:
     return restored(matrix, errors.gram, torch.zeros_like(matrix, dtype=torch.bool), errors.pull)
+
+
+def _half(fit: Fit, matrix: Tensor, errors: Errors) -> Tensor:
+    return fit(matrix, replace(errors, pull=errors.pull / 2))
 
 
 def _unchanged(matrix: Tensor, errors: Errors) -> Tensor:
     return matrix
-
-
-_WAYS: dict[str, Fit] = {"least squares": _least_squares, "biases and statistics": _unchanged}
 
 
 def _refit(graph: Graph, layer: Layer, sweep: Sweep, wanted: list[Tensor], fit: Fit) -> None:

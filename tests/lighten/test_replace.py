@@ -11,6 +11,7 @@ from multum.errors import StepError
 from multum.lighten import Replace
 from multum.lighten.fits import FITS
 from multum.lighten.replace import within
+from multum.prune.deviation import Deviation
 from multum.quantize import Static
 
 
@@ -119,6 +120,21 @@ def test_the_blocks_are_trained_toward_what_was_there():
     assert torch.equal(head[0], head[1])  # only the blocks learned
     assert all(parameter.requires_grad for parameter in after.graph.parameters())
     assert after.records[0].measured["steps"] == 96
+
+
+@pytest.mark.parametrize("kind", ["smaller", "dilated"])
+def test_a_block_makes_good_what_those_before_it_lost(kind):
+    model = Images(5, stride=1).train()
+    with torch.no_grad():
+        for seed in range(60):
+            model(images(seed))
+    job = task(model, [images(seed) for seed in range(8)])
+    plain, made = (compress(job, Replace(by=kind, exclude="head", recover=recover)) for recover in (False, True))
+    assert made.records[0].changes == plain.records[0].changes
+    assert made.records[0].measured["recovery"] == "least squares"
+    assert plain.records[0].measured == {}
+    off = Deviation(job.original, [images(10), images(11)])
+    assert off(made.graph) < 0.75 * off(plain.graph)
 
 
 def test_a_budget_takes_what_loses_least_and_the_rest_stays():

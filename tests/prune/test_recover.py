@@ -58,11 +58,11 @@ def test_what_is_worse_on_samples_that_did_not_serve_is_undone(task: Task, monke
     def nothing(matrix: Tensor, errors: object) -> Tensor:
         return torch.full_like(matrix, float("nan"))
 
-    monkeypatch.setitem(recover_._WAYS, "least squares", nothing)
+    monkeypatch.setattr(recover_, "least_squares", nothing)
     told, off = cut(task, {"stem:out": [0, 1, 2, 3]})
     assert told["recovery"] == "biases and statistics"
     assert told["off_after"] < told["off_before"]
-    monkeypatch.setitem(recover_._WAYS, "biases and statistics", nothing)
+    monkeypatch.setattr(recover_, "_unchanged", nothing)
     told, off = cut(task, {"stem:out": [0, 1, 2, 3]})
     graph = task.original.copy()
     surgery.cut(graph, {"stem:out": [0, 1, 2, 3]})
@@ -70,6 +70,20 @@ def test_what_is_worse_on_samples_that_did_not_serve_is_undone(task: Task, monke
     assert told["recovery"] == "none"
     assert told["off_after"] == told["off_before"]
     assert off == Deviation(task.original, [torch.randn(64, 3, 6, 6)])(graph)
+
+
+def test_half_of_a_change_that_goes_too_far_is_made(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulls, right = list[Tensor](), recover_.least_squares
+
+    def too_far_at_first(matrix: Tensor, errors: recover_.Errors) -> Tensor:
+        pulls.append(errors.pull)
+        return right(matrix, errors) if len(pulls) > 1 else torch.full_like(matrix, float("nan"))
+
+    monkeypatch.setattr(recover_, "least_squares", too_far_at_first)
+    told, _ = cut(task, {"stem:out": [0, 1, 2, 3]})
+    assert told["recovery"] == "half of least squares"
+    assert told["off_after"] < told["off_before"]
+    torch.testing.assert_close(pulls[1], pulls[0] / 2)
 
 
 def test_the_step_recovers_by_default_and_says_what_it_did(task: Task) -> None:
