@@ -99,7 +99,7 @@ def photos() -> None:
         whole = torch.cat([logits(call(job.original, x)) for x, _ in data])
     before = float(job.score(partial(call, job.original), "test").mean())
     best = {"loss": "outputs", "weighting": "outputs"}
-    for share, options, epochs in ((0.45, best, 4.0), (0.45, {"loss": "outputs"}, 0.0), (0.45, {}, 0.0)):
+    for share, options, epochs in ((0.45, best, 0.0), (0.6, best, 0.0), (0.75, best, 0.0), (0.45, {}, 0.0), (0.45, best, 4.0)):
         clock = time.process_time()
         graph = multum.compress(
             job, [SVD(macs=share, **options), *([Logits(epochs=epochs, augment=("crop", "flip"))] if epochs else [])]

@@ -27,10 +27,12 @@ from multum.runtime.benchmark import bench, verdict
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "out" / "bench" / "lighten"
 PASSES, RATE = 4, 0.1
+SGD = {"epochs": 9.0, "optimizer": "sgd", "learning_rate": 0.1}
 REPLACE = {
     "2 passes": [Replace(by="separable", epochs=1.0), Logits(epochs=1.0, learning_rate=2e-3)],
-    "6 passes": [Replace(by="separable", epochs=1.0), Logits(epochs=5.0, learning_rate=3e-3)],
-    "10 passes of SGD": [Replace(by="separable", epochs=1.0), Logits(epochs=9.0, optimizer="sgd", learning_rate=0.1)],
+    "10 passes": [Replace(by="separable", epochs=1.0), Logits(**SGD, likeness="correlated", alpha=0.5)],
+    "10 passes, labels alone": [Replace(by="separable", epochs=1.0), Logits(**SGD, alpha=0.0)],
+    "10 passes, soft labels": [Replace(by="separable", epochs=1.0), Logits(**SGD)],
 }
 
 
@@ -132,8 +134,8 @@ def scratch(job: multum.Task) -> None:
     for parameter in student.tensors.parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_normal_(parameter)
-    passes = sum(step.epochs for step in REPLACE["6 passes"])
-    graph = multum.compress(job, Logits(epochs=passes, learning_rate=2e-3), student=student, workdir=OUT / "scratch").graph
+    passes = sum(step.epochs for step in REPLACE["10 passes, labels alone"])
+    graph = multum.compress(job, Logits(**SGD | {"epochs": passes}, alpha=0.0), student=student, workdir=OUT / "scratch").graph
     print(f"scratch: {score(job, file_of(graph, 'scratch')):.2f} after {passes:g} passes from random weights", flush=True)
 
 
