@@ -178,7 +178,7 @@ def ranks() -> None:
     total = sum(step.curve(layer, *given(layer), True).whole for layer in chosen.values())
     for share in (0.2, 0.3, 0.4, 0.5, 0.6):
         for loss in ("energy", "outputs"):
-            result = multum.compress(task, SVD(macs=share, include=names, loss=loss))
+            result = multum.compress(task, SVD(macs=share, include=names, loss=loss, recover=False))
             spent = total + sum(change["macs"][1] - change["macs"][0] for change in result.records[0].changes.values())
             off = lost(result.graph)
             best = min((cost for cost, other in points if other <= off), default=float("nan"))
