@@ -77,8 +77,8 @@ def resnet() -> None:
     tell("resnet", score=before)
     for step in (SVD, Spatial, Tucker, CP):
         for options in ({}, {"loss": "outputs", "weighting": "outputs"}):
-            if step is not CP or not options:
-                scored(task, [step(macs=0.48, **options)], f"resnet {step.name()}", before)
+            for recover in (True, False) if step is not CP or not options else ():
+                scored(task, [step(macs=0.48, recover=recover, **options)], f"resnet {step.name()}", before)
 
 
 def recovered(names: Sequence[str] = ("Spatial", "Tucker")) -> None:
@@ -90,7 +90,10 @@ def recovered(names: Sequence[str] = ("Spatial", "Tucker")) -> None:
 
 
 def photos() -> None:
-    """Agreement on all photos, and on those that are scored: the others stand in for calibration and training data in the last rows."""
+    """Agreement on all photos, and on those that are scored: the others stand in for calibration and training data in the last rows.
+
+    The row before tells what other data would be worth: it is calibrated with all photos, those that are scored as well.
+    """
     sys.path.insert(0, str(ROOT / "examples/imagenet_photos"))
     from data import Batches, rows
     from task import CALIBRATION, task
@@ -100,13 +103,15 @@ def photos() -> None:
     others = [row for row in sets["photos"] if row not in set(sets["labelled"])]
     seen = job.but(train=Batches(others, 16, shuffle=True), calibration=Batches(others[:CALIBRATION], 16))
     best = {"loss": "outputs", "weighting": "outputs"}
-    drawn = [(job, share, options, 0.0) for share, options in ((0.45, best), (0.6, best), (0.75, best), (0.45, {}))]
-    for own, share, options, epochs in (*drawn, (job, 0.45, best, 4.0), (seen, 0.45, best, 0.0), (seen, 0.45, best, 12.0)):
+    same = job.but(calibration=Batches(sets["photos"], 16))
+    names = {id(job): "drawings", id(seen): "other photos", id(same): "all photos"}
+    plain = best | {"recover": False}
+    drawn = [(job, share, options, 0.0) for share, options in ((0.45, best), (0.45, plain), (0.6, best), (0.75, best), (0.45, {}))]
+    seen_rows = [(seen, 0.45, best, epochs) for epochs in (0.0, 12.0)]
+    for own, share, options, epochs in (*drawn, (job, 0.45, best, 4.0), (same, 0.45, best, 0.0), *seen_rows):
         clock = time.process_time()
         recovery = [Logits(epochs=epochs, augment=("crop", "flip"))] if epochs else []
-        graph = multum.compress(
-            own, [SVD(macs=share, **options), *recovery], workdir=OUT / f"photos-{'photos' if own is seen else 'drawings'}"
-        ).graph
+        graph = multum.compress(own, [SVD(macs=share, **options), *recovery], workdir=OUT / f"photos, {names[id(own)]}").graph
         session, found = deployed(graph, "photos"), {"macs": round(macs(job.original) / macs(graph), 3)}
         for name, part in (("all", sets["photos"]), ("scored", sets["labelled"])):
             data = Batches(part, 16)
@@ -116,7 +121,7 @@ def photos() -> None:
                 )
             found[f"agreement, {name}"] = agreement(whole, after)
         found |= {"top1": [before, float(job.score(session.predict, "test").mean())], "seconds": round(time.process_time() - clock)}
-        tell("photos", calibrated="other photos" if own is seen else "drawings", share=share, options=options, passes=epochs, **found)
+        tell("photos", calibrated=names[id(own)], share=share, options=options, passes=epochs, **found)
 
 
 def minilm() -> None:

@@ -1,9 +1,10 @@
-"""Lighter networks, measured: `python bench/lighten.py [replace] [scratch] [reparameterize]`, after `make models`.
+"""Lighter networks, measured: `python bench/lighten.py [replace] [blocks] [scratch] [reparameterize]`, after `make models`.
 
 The network is a VGG of five 3x3 convolutions (32, 64 and 128 channels, strides of 2, no pooling), trained here on Fashion-MNIST and kept
-in out/bench/lighten. `replace`: its convolutions become depthwise separable ones. `scratch`: the same architecture begun at random and
-trained just as long, to tell what the dense weights are worth. Scores are of deployed files on the test images, times of ONNX Runtime at
-batch 1 and 32 on one thread, in turns. `reparameterize`: its training form next to what it merges into, in PyTorch as well.
+in out/bench/lighten. `replace`: its convolutions become depthwise separable ones. `blocks`: other blocks, without training. `scratch`: the
+same architecture begun at random and trained just as long, to tell what the dense weights are worth. Scores are of deployed files on the
+test images, times of ONNX Runtime at batch 1 and 32 on one thread, in turns. `reparameterize`: its training form next to what it merges
+into, in PyTorch as well.
 """
 
 from __future__ import annotations
@@ -128,6 +129,14 @@ def replace(job: multum.Task) -> None:
     times(job, model, original)
 
 
+def blocks(job: multum.Task) -> None:
+    """What blocks lose without training, and how much of it they make good."""
+    for kind in ("separable", "grouped", "bottleneck", "low_rank", "ghost"):
+        made = [multum.compress(job, Replace(by=kind, recover=recover)) for recover in (False, True)]
+        scores = [score(job, file_of(result.graph, "block")) for result in made]
+        print(f"blocks, {kind}: {scores[0]:.2f}, with recovery {scores[1]:.2f} ({made[1].records[0].measured['recovery']})", flush=True)
+
+
 def scratch(job: multum.Task) -> None:
     student = multum.compress(job, Replace(by="separable")).graph
     torch.manual_seed(0)
@@ -167,6 +176,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
     ready = task()
-    rows = {"replace": replace, "scratch": scratch, "reparameterize": reparameterize}
+    rows = {"replace": replace, "blocks": blocks, "scratch": scratch, "reparameterize": reparameterize}
     for which in sys.argv[1:] or rows:
         rows[which](ready)

@@ -222,11 +222,8 @@ def check(task: Task, steps: Sequence[Step]) -> None:
         if step.stage is None:
             continue
         if last is not None and last.stage is not None and step.stage < last.stage:
-            raise StepError(
-                f"{step.name()} ({step.stage.name.lower()}) comes after {last.name()} ({last.stage.name.lower()}).",
-                "shapes before weights before number formats",
-                f"move {step.name()} before {last.name()}",
-            )
+            told = f"{step.name()} ({step.stage.name.lower()}) comes after {last.name()} ({last.stage.name.lower()})."
+            raise StepError(told, "shapes before weights before number formats", f"move {step.name()} before {last.name()}")
         last = step
 
 

@@ -36,11 +36,8 @@ def pairs(student: Graph, teacher: Graph, named: Sequence[str] = ()) -> list[Pai
             found = [(node, theirs[round((place + 1) * len(theirs) / len(ours)) - 1]) for place, node in enumerate(ours)]
     found = [pair for pair in found if _places(pair[0]) == _places(pair[1])]
     if not found:
-        raise StepError(
-            "No hidden value of the student has as many positions as one of the teacher.",
-            "layers that see the same positions",
-            "name pairs of layers: layers=('student.layer=teacher.layer',)",
-        )
+        told = "No hidden value of the student has as many positions as one of the teacher."
+        raise StepError(told, "layers that see the same positions", "name pairs of layers: layers=('student.layer=teacher.layer',)")
     if named or len(found) <= _MOST:
         return found
     return [found[round((place + 1) * len(found) / _MOST) - 1] for place in range(_MOST)]

@@ -38,6 +38,7 @@ class Given:
         return self.seen(layer, self.plain(layer)), self.second(layer)
 
     def second(self, layer: Layer) -> Tensor | None:
+        """The second moments of the columns of a layer's weight; None without data."""
         if self.evidence is not None and layer.kind == "embedding":
             if layer.name not in self._counts:
                 self._counts[layer.name] = self.evidence.counts(layer)

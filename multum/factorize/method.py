@@ -36,7 +36,8 @@ class Factorization(Step):
 
     A method says which layers it takes (`kinds`, `reason`), what they lose and cost at each rank (`curve`), and what the chain is
     (`links`). With calibration data the energy is that of the layer's outputs on them, else that of its weights. Weights are given as
-    [outputs, inputs, ...], tables of embeddings as [width, rows], in double precision.
+    [outputs, inputs, ...], tables of embeddings as [width, rows], in double precision. With `recover` every layer is then factorized anew,
+    in order: as the best for what it gave, on what those before it make by now (Zhang et al. 2015, section 3.3).
     """
 
     stage: ClassVar[Stage | None] = Stage.STRUCTURE

@@ -91,11 +91,8 @@ def by_budget(curves: Mapping[str, Curve], share: float) -> dict[str, int]:
     whole = sum(curve.whole for curve in curves.values())
     least = sum(curve.least for curve in curves.values())
     if least > share * whole:
-        raise StepError(
-            f"A share of {share} is out of reach: at the cheapest ranks everywhere {least / whole:.3f} is left.",
-            "a share above that",
-            "ask for less, or name more layers in include",
-        )
+        told = f"A share of {share} is out of reach: at the cheapest ranks everywhere {least / whole:.3f} is left."
+        raise StepError(told, "a share above that", "ask for less, or name more layers in include")
     low, high = 0.0, 1.0
     while _cost(curves, _choose(curves, high / whole)) > share * whole:
         high *= 2

@@ -141,7 +141,7 @@ def _norm_after(graph: Graph, layer: Layer) -> fx.Node | None:
         return None
     if norm.target is not aten.batch_norm.default or norm.args[0] is not node or norm.name in graph.pinned:
         return None
-    uses = sum(len(n.users) for n in graph.fx.nodes if n.op == "get_attr" and n.target in (layer.weight, layer.bias))
+    uses = _uses(graph, layer.weight, layer.bias)
     alone = uses == (1 if layer.bias is None else 2)
     return norm if alone and norm.args[3] is not None and norm.args[4] is not None else None
 
@@ -188,14 +188,19 @@ def _scale_grid(graph: Graph, layer: Layer, quantizer: fx.Node, factor: Tensor) 
 
 
 def give_bias(graph: Graph, layer: Layer) -> str:
-    """The name of the layer's bias; a conv or linear layer that has none gets zeros."""
-    if layer.bias is not None:
+    """The name of the layer's own bias; a conv or linear layer that has none gets zeros, one that shares it a copy."""
+    if layer.bias is not None and _uses(graph, layer.bias) == 1:
         return layer.bias
     name = _free_name(graph, f"{layer.weight.rpartition('.')[0]}.bias".removeprefix("."))
     weight = graph.tensor(layer.weight)
-    graph.set_tensor(name, torch.zeros(shape(layer.node)[channel(layer.node)], dtype=weight.dtype, device=weight.device), parameter=True)
+    zeros = torch.zeros(shape(layer.node)[channel(layer.node)], dtype=weight.dtype, device=weight.device)
+    graph.set_tensor(name, graph.tensor(layer.bias).detach().clone() if layer.bias else zeros, parameter=True)
     _set_arguments(layer.node, {"bias": graph.attribute(name, layer.node)})
     return name
+
+
+def _uses(graph: Graph, *names: str | None) -> int:
+    return sum(len(node.users) for node in graph.fx.nodes if node.op == "get_attr" and node.target in names)
 
 
 def channel(node: fx.Node) -> int:

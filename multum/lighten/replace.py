@@ -37,9 +37,10 @@ class Replace(Step):
 
     Convolutions: depthwise separable, inverted bottleneck, bottleneck, grouped, grouped with a shuffle, ghost, smaller or dilated windows,
     low rank. Linear layers: block-diagonal (grouped), Monarch (shuffled), low rank. The weights solve least squares on second moments of
-    calibration data, about the means, which biases take up. With `epochs` the blocks are then trained toward the hidden values of what was
-    there before, from the first one on (as Romero et al. 2015), all together at the end; `distill.Logits` may follow. With a budget the
-    blocks are chosen among `by` at one price for all layers, and layers that lose most for what they save stay as they are.
+    calibration data, about the means, which biases take up; with `recover` of what the blocks before make by now. With `epochs` the blocks
+    are then trained toward the hidden values of what was there before, from the first one on (as Romero et al. 2015), all together at the
+    end; `distill.Logits` may follow. With a budget the blocks are chosen among `by` at one price for all layers, and layers that lose most
+    for what they save stay as they are.
     """
 
     stage: ClassVar[Stage | None] = Stage.STRUCTURE

@@ -103,9 +103,10 @@ def recover_judged(
     deviation = Deviation(original, [held for _, held in parts if batch_size(held)] or batches)
     before = deviation(graph)
     kept = {name: value.detach().clone() for name, value in graph.named_tensors()}
-    halves = {name: partial(_half, fit) for name, fit in fitted.items()}
-    ways = ("least squares", fitted), ("half of least squares", halves), ("biases and statistics", dict.fromkeys(fitted, _unchanged))
-    for way, found in ways:
+    halves: dict[str, Fit] = {name: partial(_half, fit) for name, fit in fitted.items()}
+    others: dict[str, Fit] = dict.fromkeys(fitted, _unchanged)
+    ways = [("least squares", fitted), ("half of least squares", halves), ("biases and statistics", others)]
+    for way, found in ways if fitted else ways[2:]:
         recover(graph, original, [own for own, _ in parts], found, select)
         if (after := deviation(graph)) < before:
             return {"recovery": way, "off_before": before, "off_after": after}
@@ -116,7 +117,7 @@ def recover_judged(
 
 def replaced(
     graph: Graph, original: Graph, data: tuple[Task, int], first: Replaced, ways: Mapping[str, Replacement]
-) -> tuple[Replaced, Any]:
+) -> tuple[Replaced, dict[str, Any]]:
     """What takes the places of layers, each fitted anew to what the layer gave in `original` and on what those before it make by now.
 
     (Zhang et al. 2015, section 3.3.) Biases and statistics of `graph` move along, in place. Where that does worse than `first` it is
@@ -138,10 +139,11 @@ def replaced(
 
 
 def refittable(graph: Graph) -> list[Layer]:
-    """The layers whose weights can be fitted: they multiply a matrix that nobody else uses."""
+    """The layers whose weights can be fitted: they multiply a matrix that nobody else uses, and their bias is theirs alone."""
     known = layers(graph)
-    uses = Counter(layer.weight for layer in known)
-    return [layer for layer in known if multiplies(layer) and uses[layer.weight] == 1 and layer.quantizer() is None]
+    uses = Counter(name for layer in known for name in (layer.weight, layer.bias) if name)
+    own = [layer for layer in known if uses[layer.weight] == 1 and uses[layer.bias or ""] < 2]
+    return [layer for layer in own if multiplies(layer) and layer.quantizer() is None]
 
 
 def inputs(task: Task, samples: int, *graphs: Graph) -> list[Any]:

@@ -39,23 +39,24 @@ def tiles(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The three numbers: what each is, from what to what, what was asked, and whether that is met (None: not asked)."""
     target, before, after = result["target"], result["original"], result["compressed"]
     ratio, speed, drop = result["ratios"]["size"], result["ratios"]["speed"], result["drop"]
-    missed, names = result["missed"], ("key", "title", "value", "change", "detail", "asked")
-    faster, sizes = "faster" if speed["ratio"] >= 1 else "the speed", f"{size(before['bytes'])} → {size(after['bytes'])}"
-    asked = f"asked: {target['size']}" if "size" in target else None
-    rows: list[tuple[str | None, ...]] = [
-        ("size", "smaller", f"{ratio:.1f}x", sizes, "the file, against the original's fp32 safetensors", asked)
-    ]
+
+    def tile(key: str, title: str, value: str, change: str, detail: str, asked: str) -> dict[str, Any]:
+        named = {"key": key, "title": title, "value": value, "change": change, "detail": detail, "asked": asked or None}
+        return named | {"met": key not in result["missed"] if asked else None}
+
+    sizes = f"{size(before['bytes'])} → {size(after['bytes'])}"
+    asked = f"asked: {target['size']}" if "size" in target else ""
+    rows = [tile("size", "smaller", f"{ratio:.1f}x", sizes, "the file, against the original's fp32 safetensors", asked)]
     times = f"{duration(before['latency']['median'])} → {duration(after['latency']['median'])}"
     detail = f"one sample, in turns with the original on {speed['baseline']}{spread(speed, '; 95 % within ')}"
-    asked = f"asked: {target['speed']:g}x" if "speed" in target else None
-    rows.append(("speed", faster, f"{speed['ratio']:.2f}x", times, detail, asked))
+    asked = f"asked: {target['speed']:g}x" if "speed" in target else ""
+    rows.append(tile("speed", "faster" if speed["ratio"] >= 1 else "the speed", f"{speed['ratio']:.2f}x", times, detail, asked))
     if drop is not None:
         bound = "" if drop["bound"] is None else f"; at most {drop['bound']:.2f} with 95 % confidence"
         title, scores = "points lost" if drop["points"] >= 0 else "points gained", f"{before['score']:.2f} → {after['score']:.2f}"
-        asked = f"allowed: {target['max_drop']:g}" if "max_drop" in target else None
-        rows.append(("drop", title, f"{abs(drop['points']):.2f}", scores, f"{drop['part']} data, on the deployed file{bound}", asked))
-    found = [dict(zip(names, row, strict=True)) for row in rows]
-    return [row | {"met": None if row["asked"] is None else row["key"] not in missed} for row in found]
+        asked = f"allowed: {target['max_drop']:g}" if "max_drop" in target else ""
+        rows.append(tile("drop", title, f"{abs(drop['points']):.2f}", scores, f"{drop['part']} data, on the deployed file{bound}", asked))
+    return rows
 
 
 def statistics(result: Mapping[str, Any]) -> str:
