@@ -11,7 +11,9 @@ from multum import Task, compress
 from multum.factorize import CP, SVD, Spatial, TensorTrain, Tucker
 from multum.graph import layers
 from multum.lighten import Replace
+from multum.prune import recover as recover_
 from multum.prune.deviation import Deviation
+from multum.prune.recover import refittable
 
 
 class Deep(nn.Module):
@@ -88,14 +90,18 @@ def test_another_layer_that_reads_the_same_bias_keeps_it(step):
     model.b.bias = model.a.bias
     batches = [(torch.randn(16, 16, 8, 8) + 1, torch.zeros(16)) for _ in range(4)]
     task = Task(model, batches[0][0][:2], calibration=batches)
+    assert not refittable(task.original)
     graph = compress(task, step).graph
     (layer,) = (layer for layer in layers(graph) if layer.name == "b")
     assert torch.equal(graph.tensor(layer.bias), model.b.bias)
 
 
-def test_a_table_alone_is_not_fitted_and_says_so():
+def test_a_table_alone_is_not_fitted_and_says_so_after_one_pass(monkeypatch):
+    passes, one = list[int](), recover_.recover
+    monkeypatch.setattr(recover_, "recover", lambda *given: passes.append(1) or one(*given))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(40, 24), nn.Linear(24, 4)).eval()
     ids = [(torch.randint(0, 40, (16, 6)), torch.zeros(16)) for _ in range(4)]
     result = compress(Task(model, ids[0][0][:2], calibration=ids), SVD(rank=6, include="0"))
+    assert len(passes) == 1
     assert result.records[0].measured["recovery"] == "none"
